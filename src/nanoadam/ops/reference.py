@@ -1,0 +1,240 @@
+"""The operations in plain PyTorch, on any device: the definition that the kernels are held to.
+
+Each public function loops over tensors; the private ones above it say what happens to one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanoadam.chunks import Layout
+from nanoadam.ops import MAX_AGE, Adam, Selection, Slot
+from nanoadam.ops.rounding import random_words, round_stochastically, tensor_key
+
+_NEVER = 0x7FFFFFFF  # rank of a weight that may not be selected
+
+
+def positions(index: Tensor, layout: Layout) -> Tensor:
+    """Positions in the flattened full tensor (row-major) of the selected weights.
+
+    Args:
+        index: int16 [layout.selected], positions within chunks.
+
+    Returns:
+        int64 [layout.selected]; meaningless where `index` is -1.
+    """
+    start = torch.arange(layout.per_line, device=index.device) * layout.chunk
+    keep = torch.full_like(start, layout.keep)
+    if layout.tail:
+        keep[-1] = layout.keep_tail
+    offset = start.repeat_interleave(keep, output_size=layout.kept_per_line)
+    line = torch.arange(layout.lines, device=index.device) * layout.line
+    return (index.view(layout.lines, -1) + offset + line[:, None]).view(-1)
+
+
+def _flat_storage(tensor: Tensor) -> Tensor:
+    """All of a tensor's storage from its first element on, as one dimension: writable whatever the strides."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((extent,), (1,))
+
+
+def _storage_offsets(position: Tensor, tensor: Tensor) -> Tensor:
+    """Where the element at each row-major position lies in `_flat_storage(tensor)`."""
+    if tensor.is_contiguous():
+        return position
+    offset, rest = torch.zeros_like(position), position
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        offset += rest % size * stride
+        rest = rest // size
+    return offset
+
+
+def _magnitude(values: Tensor) -> Tensor:
+    """int32 ranks that order like |values|, equal for equal magnitudes; NaN ranks above infinity."""
+    if values.dtype == torch.float32:
+        bits, infinity = values.view(torch.int32) & 0x7FFFFFFF, 0x7F800000
+    else:
+        bits = (values.view(torch.int16) & 0x7FFF).to(torch.int32)
+        infinity = 0x7F80 if values.dtype == torch.bfloat16 else 0x7C00
+    return bits.clamp_(max=infinity + 1)
+
+
+def _ranks(weight: Tensor, rule: Selection, ordinal: int, gradient: Tensor | None) -> Tensor:
+    """int32 [numel]: the lower, the sooner selected."""
+    values = weight.detach().reshape(-1)
+    if rule.criterion == "random":
+        key = tensor_key(rule.key, rule.step, ordinal)
+        place = torch.arange(values.numel(), device=values.device)
+        ranks = (random_words(key, place)[0] >> 2).to(torch.int32)
+    elif rule.criterion == "smallest":
+        ranks = _magnitude(values)
+    elif rule.criterion == "largest":
+        ranks = 0x7F800001 - _magnitude(values)
+    else:
+        assert gradient is not None
+        ranks = 0x7F800001 - _magnitude(gradient.reshape(-1))
+    return ranks.masked_fill_(values == 0, _NEVER) if rule.keep_zeros else ranks
+
+
+def _first(ranks: Tensor, keep: int) -> Tensor:
+    """The `keep` places of each row with the lowest ranks, equal ranks by place.
+
+    Args:
+        ranks: int32 [rows, length].
+
+    Returns:
+        int16 [rows, keep], ascending; -1 (at the end) where fewer than `keep` places may be selected.
+    """
+    rows, length = ranks.shape
+    if keep == length:
+        place = torch.arange(length, device=ranks.device).expand(rows, length)
+        chosen = ranks
+    else:
+        chosen, place = ranks.topk(keep, dim=1, largest=False, sorted=False)
+        # topk takes any of several equal ranks: rows where the last rank taken is shared by one left out are redone.
+        limit = chosen.amax(1, keepdim=True)
+        tied = ((ranks <= limit).sum(1) > keep).nonzero().view(-1)
+        if tied.numel():
+            unique = (ranks[tied].to(torch.int64) << 16) | torch.arange(length, device=ranks.device)
+            best = unique.topk(keep, dim=1, largest=False, sorted=False).values
+            place[tied], chosen[tied] = best & 0xFFFF, (best >> 16).to(torch.int32)
+    place = place.masked_fill(chosen == _NEVER, length).sort(1).values
+    return place.masked_fill_(place == length, -1).to(torch.int16)
+
+
+def _select(weight: Tensor, layout: Layout, rule: Selection, ordinal: int, gradient: Tensor | None) -> Tensor:
+    ranks = _ranks(weight, rule, ordinal, gradient).view(layout.lines, layout.line)
+    cut = layout.full * layout.chunk
+    body = _first(ranks[:, :cut].reshape(-1, layout.chunk), layout.keep).view(layout.lines, -1)
+    if not layout.tail:
+        return body.reshape(-1)
+    return torch.cat([body, _first(ranks[:, cut:], layout.keep_tail)], dim=1).view(-1)
+
+
+def _survivors(old: Tensor, old_layout: Layout, new: Tensor, new_layout: Layout) -> tuple[Tensor, Tensor]:
+    """Which of the new places were selected before (bool), and at which old place (int64, valid where so)."""
+    before, after = positions(old, old_layout), positions(new, new_layout)
+    used = old >= 0
+    if not used.all():  # empty places would break the ascending order that the search needs
+        before = torch.where(used, before, -1).cummax(0).values
+    # The last entry not above: in a run made by cummax the real entry comes first, so look it up by its left end.
+    place = torch.searchsorted(before, before[(torch.searchsorted(before, after, right=True) - 1).clamp_(min=0)])
+    return (before[place] == after) & (new >= 0), place
+
+
+def select(
+    slots: Sequence[Slot], layouts: Sequence[Layout], rule: Selection, gradients: Sequence[Tensor] | None
+) -> None:
+    for i, (slot, layout) in enumerate(zip(slots, layouts, strict=True)):
+        index = _select(slot.weight, layout, rule, slot.ordinal, gradients[i] if gradients is not None else None)
+        state, old_layout = slot.state, slot.layout
+        born = torch.tensor([slot.steps & 0xFFFF], dtype=torch.int32).to(torch.int16).to(index.device)
+        kept = place = None
+        if slot.steps or slot.held is not None:
+            assert old_layout is not None
+            kept, place = _survivors(state["index"], old_layout, index, layout)
+        if slot.held is not None and kept is not None and place is not None:
+            slot.held = torch.where(kept, slot.held[place], 0)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = state[name]
+            if slot.steps and rule.carry and kept is not None and place is not None:
+                state[name] = torch.where(kept, moment[place], 0)
+            else:
+                state[name] = torch.zeros(layout.selected, dtype=moment.dtype, device=moment.device)
+        if slot.steps and rule.carry and kept is not None and place is not None:
+            age = _age(slot)
+            restamped = (slot.steps - age).to(torch.int16).expand(state["index"].numel())
+            born = torch.where(kept, restamped[place], born)
+        state["born"], state["index"], slot.layout = born, index, layout
+
+
+def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
+    for slot, gradient in zip(slots, gradients, strict=True):
+        assert slot.layout is not None
+        index = slot.state["index"]
+        place = _storage_offsets(positions(index.clamp(min=0), slot.layout), gradient)
+        entries = _flat_storage(gradient)[place].to(dtype).masked_fill_(index < 0, 0)
+        slot.held = entries if slot.held is None else slot.held.add_(entries)
+
+
+def _age(slot: Slot) -> Tensor:
+    """int32, like `born`: updates since each selected weight entered, this one included; at most MAX_AGE."""
+    return ((slot.steps - slot.state["born"].to(torch.int32)) & 0xFFFF).clamp_(max=MAX_AGE)
+
+
+def _store(target: Tensor, value: Tensor, noise: Tensor | None) -> Tensor:
+    return value.to(target.dtype) if noise is None else round_stochastically(value, noise)
+
+
+def _adam(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    age: Tensor,
+    adam: Adam,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW on float32 values of one shape; `age` int32, same shape or one element. New weight and moments."""
+    gradient = gradient * adam.grad_scale
+    if adam.maximize:
+        gradient = -gradient
+    exp_avg = exp_avg.lerp(gradient, 1 - adam.beta1)
+    exp_avg_sq = exp_avg_sq * adam.beta2 + (1 - adam.beta2) * gradient * gradient
+    # Bias corrections in float64: 1 - beta2**age has lost half its digits in float32 while age is small.
+    correction1 = 1 - adam.beta1 ** age.double()
+    correction2 = (1 - adam.beta2 ** age.double()).sqrt().float()
+    step_size = (adam.lr / correction1).float()
+    weight = weight * (1 - adam.lr * adam.weight_decay)
+    return weight - step_size * (exp_avg / (exp_avg_sq.sqrt() / correction2 + adam.eps)), exp_avg, exp_avg_sq
+
+
+def _noise(slot: Slot, adam: Adam, position: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Random bits for first moment, second moment and weight; None where the rounding is to nearest."""
+    wanted = adam.stochastic_rounding
+    moments = wanted and slot.state["exp_avg"].dtype == torch.bfloat16
+    weight = wanted and slot.weight.dtype == torch.bfloat16
+    if not (moments or weight):
+        return None, None, None
+    first, second = random_words(tensor_key(adam.key, slot.steps, slot.ordinal), position)
+    return first if moments else None, first >> 16 if moments else None, second if weight else None
+
+
+def update(slots: Sequence[Slot], adam: Adam) -> None:
+    for slot in slots:
+        state, held = slot.state, slot.held
+        assert slot.layout is not None and held is not None
+        index = state["index"]
+        used = index >= 0
+        position = positions(index.clamp(min=0), slot.layout)
+        storage, place = _flat_storage(slot.weight), _storage_offsets(position, slot.weight)
+        weight, exp_avg, exp_avg_sq = _adam(
+            storage[place].float(), held.float(), state["exp_avg"].float(), state["exp_avg_sq"].float(), _age(slot), adam
+        )
+        noise1, noise2, noise3 = _noise(slot, adam, position)
+        state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1).masked_fill_(~used, 0))
+        state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2).masked_fill_(~used, 0))
+        storage[place[used]] = _store(storage, weight, noise3)[used]
+        if slot.steps % (MAX_AGE // 2) == 0:  # before the low 16 bits wrap around
+            state["born"].copy_((slot.steps - _age(slot)).to(torch.int16))
+
+
+def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
+    for slot, gradient in zip(slots, gradients, strict=True):
+        state = slot.state
+        age = torch.tensor(slot.steps, device=gradient.device)
+        weight, exp_avg, exp_avg_sq = _adam(
+            slot.weight.detach().float(),
+            gradient.float(),
+            state["exp_avg"].float(),
+            state["exp_avg_sq"].float(),
+            age,
+            adam,
+        )
+        position = torch.arange(gradient.numel(), device=gradient.device).view(gradient.shape)
+        noise1, noise2, noise3 = _noise(slot, adam, position)
+        state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1))
+        state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2))
+        slot.weight.detach().copy_(_store(slot.weight, weight, noise3))
