@@ -105,7 +105,9 @@ def backend(device: torch.device) -> Backend:
             from nanoadam.ops import triton
         except ImportError as error:
             if wanted:
-                raise RuntimeError("NANOADAM_BACKEND=triton, but triton is not installed: pip install triton") from error
+                raise RuntimeError(
+                    "NANOADAM_BACKEND=triton, but triton is not installed: pip install triton"
+                ) from error
         else:
             return cast(Backend, triton)
     from nanoadam.ops import reference

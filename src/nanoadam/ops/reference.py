@@ -160,6 +160,23 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtyp
         slot.held = entries if slot.held is None else slot.held.add_(entries)
 
 
+def scatter_add(slot: Slot, dense: Tensor) -> None:
+    """Add the held gradient to a dense one of the parameter's shape."""
+    assert slot.layout is not None and slot.held is not None
+    used = slot.state["index"] >= 0
+    place = _storage_offsets(positions(slot.state["index"], slot.layout)[used], dense)
+    _flat_storage(dense)[place] += slot.held[used].to(dense.dtype)
+
+
+def mask(slot: Slot) -> Tensor:
+    """Which weights are selected: bool, of the parameter's shape."""
+    assert slot.layout is not None
+    index = slot.state["index"]
+    chosen = torch.zeros(slot.layout.numel, dtype=torch.bool, device=index.device)
+    chosen[positions(index, slot.layout)[index >= 0]] = True
+    return chosen.view(slot.weight.shape)
+
+
 def _age(slot: Slot) -> Tensor:
     """int32, like `born`: updates since each selected weight entered, this one included; at most MAX_AGE."""
     return ((slot.steps - slot.state["born"].to(torch.int32)) & 0xFFFF).clamp_(max=MAX_AGE)
@@ -211,7 +228,12 @@ def update(slots: Sequence[Slot], adam: Adam) -> None:
         position = positions(index.clamp(min=0), slot.layout)
         storage, place = _flat_storage(slot.weight), _storage_offsets(position, slot.weight)
         weight, exp_avg, exp_avg_sq = _adam(
-            storage[place].float(), held.float(), state["exp_avg"].float(), state["exp_avg_sq"].float(), _age(slot), adam
+            storage[place].float(),
+            held.float(),
+            state["exp_avg"].float(),
+            state["exp_avg_sq"].float(),
+            _age(slot),
+            adam,
         )
         noise1, noise2, noise3 = _noise(slot, adam, position)
         state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1).masked_fill_(~used, 0))

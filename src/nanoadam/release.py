@@ -1,0 +1,170 @@
+"""Gradient release: a gradient is cut down to its selected entries as soon as autograd has made it.
+
+A hook on each selected parameter takes `p.grad` the moment it is complete, so that dense gradients live only
+until they are compacted: at once, or, where a launch costs more than the memory, `budget` bytes of them
+together. What is left of them is held by the optimizer until it is zeroed, so accumulation, clipping, loss
+scaling and skipped steps work as they do with ordinary gradients.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+GPU_BUDGET = 64 * 2**20
+"""Bytes of dense gradients that gather on a GPU: one launch then serves several tensors."""
+
+# One hook per parameter, however many optimizers release its gradient: each has to see it before it is gone.
+# Values: (handle of the hook, weak references to the owners).
+_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _hand_over(parameter: Tensor) -> None:
+    _, refs = _owners.get(parameter, (None, ()))
+    alive = [release for release in (ref() for ref in refs) if release is not None]
+    gradient = parameter.grad
+    if not alive or gradient is None:  # every optimizer was deleted: leave the gradient to whoever reads it
+        return
+    parameter.grad = None
+    for release in alive:
+        release._receive(parameter, gradient)
+
+
+class Owner(Protocol):
+    """What a release asks of its optimizer."""
+
+    def _collect(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Compact (parameter, dense gradient) pairs; neither is kept afterwards."""
+
+    def _drop_held(self) -> None:
+        """The gradients held so far have been zeroed through the model."""
+
+
+class GradientRelease:
+    """The hooks of one optimizer, and the dense gradients waiting to be compacted.
+
+    Args:
+        owner: the optimizer; referred to weakly, so that it is freed when its user lets it go.
+        budget: bytes of dense gradients to let gather before they are compacted together; 0 compacts each at
+            once, None means 0 on the CPU and 64 MiB elsewhere.
+    """
+
+    def __init__(self, owner: Owner, budget: int | None) -> None:
+        self._owner = weakref.ref(owner)
+        self._budget = budget
+        self._attached = WeakTensorKeyDictionary()
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending_bytes = 0
+        self._callback_queued = False
+        self._lock = threading.RLock()  # autograd runs hooks in one thread per device
+        self._witness: tuple[Tensor, Tensor, int] | None = None
+        self._witness_hook: tuple[Tensor, RemovableHandle] | None = None
+
+    def attach(self, parameter: Tensor) -> None:
+        """Release the gradients of a leaf parameter from now on."""
+        if parameter in self._attached:
+            return
+        self._attached[parameter] = True
+        if parameter not in _owners:
+            _owners[parameter] = (parameter.register_post_accumulate_grad_hook(_hand_over), [])
+        _owners[parameter][1].append(weakref.ref(self))
+
+    def detach(self) -> None:
+        """Leave all gradients alone from now on."""
+        self.flush()
+        for parameter in list(self._attached.keys()):
+            handle, refs = _owners[parameter]
+            refs[:] = [ref for ref in refs if ref() not in (None, self)]
+            if not refs:
+                handle.remove()
+                del _owners[parameter]
+        self._attached = WeakTensorKeyDictionary()
+        self.forget_witness()
+
+    def _receive(self, parameter: Tensor, gradient: Tensor) -> None:
+        with self._lock:
+            self.settle()
+            self._pending.append((parameter, gradient))
+            self._pending_bytes += gradient.numel() * gradient.element_size()
+            budget = self._budget
+            if budget is None:
+                budget = 0 if gradient.device.type == "cpu" else GPU_BUDGET
+            if self._pending_bytes >= budget:
+                self.flush()
+            elif not self._callback_queued:
+                self._callback_queued = True
+                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
+
+    def _backward_ended(self) -> None:
+        self._callback_queued = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Compact what is waiting."""
+        with self._lock:
+            pending, self._pending, self._pending_bytes = self._pending, [], 0
+            owner = self._owner()
+            if pending and owner is not None:
+                owner._collect(pending)
+
+    def discard(self) -> None:
+        """Forget what is waiting, and any question about older gradients: they have been zeroed."""
+        with self._lock:
+            self._pending, self._pending_bytes, self._callback_queued = [], 0, False
+            self.forget_witness()
+
+    # Gradients are zeroed through the optimizer, which says so, or through the model, which sets every p.grad to
+    # None or zero and cannot know of held ones. So after a step one parameter's gradient stands witness: if it is
+    # gone or was written to before the next gradient arrives, the model's gradients were zeroed, the held ones too.
+
+    def stepped(self, dense: Iterable[Tensor], selected: Sequence[Tensor]) -> None:
+        """A step has used the held gradients; find out before the next backward whether they are to be kept."""
+        self.forget_witness()
+        parameter = next((p for p in dense if p.grad is not None and not p.grad.is_sparse), None)
+        if parameter is None:
+            parameter = min(selected, key=Tensor.numel, default=None)
+            if parameter is None:
+                return
+            if parameter.grad is None:  # an empty gradient of no size, taken away again by settle()
+                parameter.grad = torch.sparse_coo_tensor(
+                    size=parameter.shape, dtype=parameter.dtype, device=parameter.device, check_invariants=False
+                )
+        gradient = parameter.grad
+        assert gradient is not None
+        self._witness = (parameter, gradient, gradient._version)
+        if self._witness_hook is None or self._witness_hook[0] is not parameter:
+            if self._witness_hook is not None:
+                self._witness_hook[1].remove()
+            settle = weakref.WeakMethod(self.settle)  # the parameter must not keep the optimizer alive
+
+            def before_accumulation(_: Tensor) -> None:
+                method = settle()
+                if method is not None:
+                    method()
+
+            self._witness_hook = parameter, parameter.register_hook(before_accumulation)
+
+    def settle(self) -> None:
+        """Drop the held gradients of before the last step if the model's were zeroed since."""
+        if self._witness is None:
+            return
+        parameter, gradient, version = self._witness
+        zeroed = parameter.grad is not gradient or gradient._version != version
+        self.forget_witness()
+        owner = self._owner()
+        if zeroed and owner is not None:
+            owner._drop_held()
+
+    def forget_witness(self) -> None:
+        if self._witness is not None:
+            parameter, gradient, _ = self._witness
+            if gradient.is_sparse and parameter.grad is gradient:
+                parameter.grad = None
+            self._witness = None
