@@ -1,0 +1,460 @@
+"""Which tensors are selected from and which get ordinary AdamW: parameter groups for any model.
+
+The paper never selects from normalisation layers and the newly initialised final layer ("lm_head and norms
+in full"); everything else is selected from. A tensor's role follows from the type of the module that holds
+it and from where that module stands, never from a parameter's name alone:
+
+1.  norm: held by LayerNorm, RMSNorm, BatchNorm, GroupNorm, ... or by any class whose name ends in `Norm`.
+2.  bias: the bias of its module. vector: anything else with at most one dimension longer than 1.
+3.  embedding: held by an `nn.Embedding`, under any of its names: a head tied to it is an embedding too.
+4.  head: see `_head_modules`.
+5.  matrix: all the rest: linear layers, convolutions, GPT-2's Conv1D, stacked experts, LoRA's A and B.
+
+Norms, biases and vectors are dense and not decayed; heads are dense and decayed; matrices and embeddings are
+selected from and decayed. Overrides beat all of that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nanoadam import chunks, memory
+
+Override: TypeAlias = "str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool]"
+"""One way to name tensors: an fnmatch pattern on parameter or module names, a module, a module type, a predicate."""
+
+Overrides: TypeAlias = "Override | Iterable[Override]"
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,  # instance norms are a subclass
+)
+_WEIGHT_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NORM_NAME = re.compile(r"Norm(\d+d)?$")
+_HEAD_NAMES = re.compile(r"(lm_|classification_)?head(s|_\w+)?|classifier(_\w+)?|fc|score|qa_outputs")
+
+_DECAYED = {"matrix", "embedding", "head"}
+_GROUP_OF = {
+    # (selected from, decayed) -> the group's name; heads have a group of their own
+    (True, True): "weights",
+    (False, True): "dense weights",
+    (False, False): "norms and biases",
+    (True, False): "selected norms and biases",
+}
+_GROUP_ORDER = ("weights", "head", "dense weights", "norms and biases", "selected norms and biases")
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """A list of parameter groups that remembers what was left out, for `describe`. Any optimizer takes it as a list."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]] = ()) -> None:
+        super().__init__(groups)
+        self.frozen: dict[str, int] = {}
+        """Names of the parameters that need no gradient, with their number of weights."""
+        self.empty: list[str] = []
+        """Names of the parameters without weights."""
+        self.tied: dict[str, list[str]] = {}
+        """The name under which a shared parameter is listed, with its other names."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One parameter, with everything that is known of where it stands."""
+
+    parameter: Tensor
+    names: list[str]  # more than one where it is tied
+    owners: list[nn.Module]  # the module that holds it, per name
+    ancestors: list[tuple[str, nn.Module]]  # (name, module), owners included, outermost first
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    dense: Overrides = (),
+    selected: Overrides = (),
+) -> ParamGroups:
+    """Parameter groups for `NanoAdam` (or any torch optimizer): what is selected from, and what is dense.
+
+    Recognises heads, norms, embeddings, biases, tied weights and frozen parameters in plain modules and in
+    transformers and PEFT models, also inside DDP, DataParallel and `torch.compile`; see the module's
+    docstring for the rules and `print(nanoadam.describe(groups))` for what they came to.
+
+    Args:
+        model: the model to finetune. Frozen parameters and parameters without weights are left out.
+        weight_decay: for matrices, embeddings and heads. Norms, biases and other vectors get 0.
+        dense: parameters that shall get ordinary AdamW, whatever they were recognised as.
+        selected: parameters that shall be selected from, whatever they were recognised as. Tensors of
+            dimension < 2 stay dense: NanoAdam never selects from them.
+            Both take one or several of: an fnmatch pattern on a parameter's or a module's name
+            (`"*.query.weight"`, `"bert.pooler"`), a module, a module type (`nn.Embedding`), or a predicate
+            `(name, parameter) -> bool`. A module stands for every parameter within it. Names are the
+            model's own, without the prefix that DDP or `torch.compile` puts before them.
+
+    Returns:
+        One dict per kind of treatment, at most five and usually three, in `named_parameters` order within:
+        `params` (tensors), `param_names`, `roles` (per parameter: matrix, embedding, head, norm, bias or
+        vector), `role` (the group's name), `dense` (False: selected from), `weight_decay`. Plain values
+        only, so an optimizer's `state_dict` that holds them loads with `weights_only=True`.
+
+    Raises:
+        TypeError: if `model` is not a module, or an override is none of the above.
+        ValueError: if a parameter is claimed by both overrides, an override matches nothing, the model has
+            nothing to train, `weight_decay` is negative, or a lazy module was not materialised.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups needs the model itself, got {type(model).__name__}: pass model, not its parameters"
+        )
+    if not weight_decay >= 0.0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    model = _unwrap(model)
+    entries = _entries(model)
+    for entry in entries:
+        if nn.parameter.is_lazy(entry.parameter):
+            raise ValueError(f"parameter {entry.name!r} has no shape yet: run the model once before param_groups")
+    forced_dense = _claimed(entries, dense, "dense")
+    forced_selected = _claimed(entries, selected, "selected")
+    for entry in entries:
+        if id(entry.parameter) in forced_dense & forced_selected:
+            raise ValueError(f"parameter {entry.name!r} is claimed by both dense= and selected=: narrow one of them")
+
+    heads = _head_parameters(model, entries)
+    found = ParamGroups()
+    groups: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        parameter = entry.parameter
+        if len(entry.names) > 1:
+            found.tied[entry.name] = entry.names[1:]
+        if parameter.numel() == 0:
+            found.empty.append(entry.name)
+            continue
+        if not parameter.requires_grad:
+            found.frozen[entry.name] = parameter.numel()
+            continue
+        role = _role(entry, heads)
+        decayed = role in _DECAYED
+        choose = role in ("matrix", "embedding")
+        if id(parameter) in forced_dense:
+            choose = False
+        elif id(parameter) in forced_selected:
+            choose = parameter.dim() >= 2
+        kind = "head" if role == "head" and not choose else _GROUP_OF[choose, decayed]
+        group = groups.setdefault(
+            kind,
+            {
+                "params": [],
+                "param_names": [],
+                "roles": [],
+                "role": kind,
+                "dense": not choose,
+                "weight_decay": weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["param_names"].append(entry.name)
+        group["roles"].append(role)
+    if not groups:
+        raise ValueError(
+            f"{type(model).__name__} has nothing to train: {len(found.frozen)} parameters are frozen, "
+            f"{len(found.empty)} are empty. Set requires_grad on those to finetune"
+        )
+    found.extend(groups[kind] for kind in _GROUP_ORDER if kind in groups)
+    return found
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP, DataParallel, torch.compile and the like: they hold it as their only child."""
+    while True:
+        children = dict(model.named_children())
+        name, inner = next(iter(children.items()), ("", model))
+        if (
+            len(children) != 1
+            or name not in ("module", "_orig_mod")
+            or next(model.parameters(recurse=False), None) is not None
+        ):
+            return model
+        model = inner
+
+
+def _entries(model: nn.Module) -> list[_Entry]:
+    """Every parameter once, in `named_parameters` order, with all its names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[int, _Entry] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.split(".")[:-1]
+        prefixes = [".".join(path[:depth]) for depth in range(len(path) + 1)]
+        entry = found.setdefault(id(parameter), _Entry(parameter, [], [], []))
+        entry.names.append(name)
+        entry.owners.append(modules[prefixes[-1]])
+        entry.ancestors.extend((prefix, modules[prefix]) for prefix in prefixes)
+    return list(found.values())
+
+
+def _role(entry: _Entry, heads: set[int]) -> str:
+    if any(_is_norm(owner) for owner in entry.owners):
+        return "norm"
+    if _is_bias(entry):
+        return "bias"
+    shape = entry.parameter.shape
+    if len(shape) < 2 or (sum(size > 1 for size in shape) < 2 and not _is_weight_layer(entry.owners[0])):
+        # a class token of shape (1, 1, width) is a vector; a linear layer with one output is a matrix
+        return "vector"
+    if _is_adapter(entry):
+        return "matrix"
+    if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in entry.owners):
+        return "embedding"
+    return "head" if id(entry.parameter) in heads else "matrix"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # Most RMSNorms are classes of their own, one per architecture; only the class says what they are.
+    return isinstance(module, _NORMS) or _NORM_NAME.search(type(module).__name__) is not None
+
+
+def _is_weight_layer(module: nn.Module) -> bool:
+    return isinstance(module, _WEIGHT_LAYERS) or type(module).__name__ in ("Conv1D", "ModuleDict", "ParameterDict")
+
+
+def _is_bias(entry: _Entry) -> bool:
+    """Whether it is called a bias and is smaller than what it is added to (stacked experts have 2-d biases)."""
+    for name, owner in zip(entry.names, entry.owners, strict=True):
+        attribute = name.rpartition(".")[2]
+        if not attribute.endswith("bias"):
+            continue
+        if entry.parameter.dim() < 2:
+            return True
+        stem = attribute.removesuffix("bias").rstrip("_") or "weight"
+        weight = owner._parameters.get(stem)
+        if weight is not None and weight.dim() > entry.parameter.dim():
+            return True
+    return False
+
+
+def _is_adapter(entry: _Entry) -> bool:
+    """Whether PEFT added it: inside a tuner layer, but not in the layer that the tuner wraps."""
+    for depth, (_, module) in enumerate(entry.ancestors):
+        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+            wrapped = module._modules.get("base_layer")
+            return wrapped is None or all(inner is not wrapped for _, inner in entry.ancestors[depth + 1 :])
+    return False
+
+
+# Heads ---------------------------------------------------------------------------------------------------
+
+
+def _head_parameters(model: nn.Module, entries: list[_Entry]) -> set[int]:
+    """The ids of the parameters of the newly initialised final layers."""
+    if sum(entry.parameter.dim() > 1 for entry in entries) < 2:
+        return set()  # a model of one matrix is not all head
+    modules = list(model.modules())
+    return {id(parameter) for head in _head_modules(model, modules) for parameter in head.parameters()}
+
+
+def _head_modules(model: nn.Module, order: list[nn.Module]) -> list[nn.Module]:
+    """The modules that make up the head.
+
+    transformers: whatever stands outside the base model is the head, since it is what `from_pretrained` finds
+    no weights for (RoBERTa's and T5's `dense` + `out_proj`, DistilBERT's `pre_classifier`); BERT's pooler is
+    inside and is not. Where there are output embeddings, only they and what comes after them are the head:
+    what leads up to them (BERT's `cls.predictions.transform`) was pretrained with the rest. A bare backbone
+    has no head.
+
+    Any other module: the children that come last, if their names say head; otherwise the last child, and so
+    on inside it, down to one layer with a weight. A child that repeats its neighbours (one block of many) is no
+    head, and neither is an embedding.
+    """
+    if callable(inner := getattr(model, "get_base_model", None)):  # PEFT
+        return _head_modules(inner(), order)
+    if isinstance(getattr(model, "base_model_prefix", None), str) and hasattr(model, "get_output_embeddings"):
+        return _transformers_head(model, order)
+    return _plain_head(model, order)
+
+
+def _transformers_head(model: nn.Module, order: list[nn.Module]) -> list[nn.Module]:
+    base = getattr(model, "base_model", model)
+    try:
+        output = model.get_output_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # the class has no such thing
+        output = None
+    if not isinstance(output, nn.Module):
+        output = None
+    if base is model:  # a bare backbone, T5, or one whose parts stand side by side (CLIP)
+        return _named_heads(model) if output is None else [output]
+    inside = {id(module) for module in base.modules()}
+    position = {id(module): index for index, module in enumerate(order)}
+    first = 0 if output is None else position[id(output)]
+    leaves = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    return [leaf for leaf in leaves if id(leaf) not in inside and position[id(leaf)] >= first]
+
+
+def _plain_head(model: nn.Module, order: list[nn.Module]) -> list[nn.Module]:
+    children = _weighty_children(model)
+    if not children:
+        weight = model._parameters.get("weight")
+        layer = weight is not None and weight.dim() > 1
+        return [model] if layer and not isinstance(model, (nn.Embedding, nn.EmbeddingBag)) else []
+    if named := _named_heads(model):
+        return named
+    last = children[-1][1]
+    repeated = any(type(last) is type(other) for _, other in children[:-1])
+    if repeated and _weighty_children(last) and not isinstance(last, _CONTAINERS):
+        return []
+    return _head_modules(last, order)
+
+
+def _named_heads(model: nn.Module) -> list[nn.Module]:
+    """The last children, as far back as their names say head; none if they are all there is."""
+    children = _weighty_children(model)
+    heads: list[nn.Module] = []
+    for name, child in reversed(children[1:]):
+        if _HEAD_NAMES.fullmatch(name) is None:
+            break
+        heads.append(child)
+    return heads
+
+
+def _weighty_children(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in model.named_children() if any(p.dim() > 1 for p in child.parameters())]
+
+
+# Overrides -----------------------------------------------------------------------------------------------
+
+
+def _claimed(entries: list[_Entry], overrides: Overrides, option: str) -> set[int]:
+    """The ids of the parameters that these overrides name."""
+    if isinstance(overrides, (str, nn.Module, type)) or not isinstance(overrides, Iterable):
+        overrides = [overrides]  # strings and some modules are iterable, and mean themselves
+    claimed: set[int] = set()
+    for override in overrides:
+        matched = {id(entry.parameter) for entry in entries if _matches(entry, override, option)}
+        if not matched and (isinstance(override, (str, nn.Module, type))):
+            raise ValueError(_no_match(entries, override, option))
+        if (
+            option == "selected"
+            and matched
+            and not any(e.parameter.dim() > 1 for e in entries if id(e.parameter) in matched)
+        ):
+            raise ValueError(f"selected={_label(override)} names only tensors of dimension < 2, which are always dense")
+        claimed |= matched
+    return claimed
+
+
+def _matches(entry: _Entry, override: Override, option: str) -> bool:
+    if isinstance(override, str):
+        return any(fnmatch.fnmatchcase(name, override) for name in _searchable(entry))
+    if isinstance(override, nn.Module):
+        return any(module is override for _, module in entry.ancestors)
+    if isinstance(override, type):
+        return any(isinstance(module, override) for _, module in entry.ancestors)
+    if not callable(override):
+        raise TypeError(
+            f"{option}= takes name patterns, modules, module types or predicates (name, parameter) -> bool, "
+            f"got {type(override).__name__} {override!r}"
+        )
+    return bool(override(entry.name, entry.parameter))
+
+
+def _searchable(entry: _Entry) -> Iterator[str]:
+    yield from entry.names
+    yield from (name for name, _ in entry.ancestors if name)
+
+
+def _label(override: Override) -> str:
+    if isinstance(override, str):
+        return repr(override)
+    return type(override).__name__ if isinstance(override, nn.Module) else getattr(override, "__name__", repr(override))
+
+
+def _no_match(entries: list[_Entry], override: str | nn.Module | type, option: str) -> str:
+    if isinstance(override, str):
+        names = sorted({name for entry in entries for name in _searchable(entry)})
+        near = difflib.get_close_matches(override, names, n=3, cutoff=0.3) or names[:3]
+        return f"{option}={override!r} matches no parameter and no module; nearest: {', '.join(near)}"
+    if isinstance(override, nn.Module):
+        return f"{option}= names a {type(override).__name__} that is not part of the model or holds no parameters"
+    types = sorted({type(owner).__name__ for entry in entries for owner in entry.owners})
+    return f"{option}={override.__name__} matches no module with parameters; this model has {', '.join(types)}"
+
+
+# Describe ------------------------------------------------------------------------------------------------
+
+_UNNAMED = (None, "weights", "norms and biases")  # groups of too many parameters to be worth naming
+
+
+def describe(
+    groups: Iterable[dict[str, Any]],
+    *,
+    density: Any = 0.01,
+    state_dtype: torch.dtype = torch.bfloat16,
+    grad_dtype: torch.dtype = torch.float32,
+) -> str:
+    """A table of what `param_groups` decided and what it costs, to be printed.
+
+    `state` and `gradients` are what NanoAdam holds (state before the first refresh, gradients between backward
+    and step); `AdamW` is what torch's AdamW holds of both, in the parameter's dtype.
+
+    Args:
+        groups: from `param_groups`, or an optimizer's `param_groups`. Frozen, empty and tied parameters are
+            reported for the former only.
+        density: a share or a schedule, whose largest value counts. Groups that have options of their own
+            (an optimizer's do) keep them, here and below.
+        state_dtype: of the moments.
+        grad_dtype: of the held gradients of selected entries.
+    """
+    groups = groups if isinstance(groups, list) else list(groups)
+    defaults = {"density": density, "state_dtype": state_dtype, "grad_dtype": grad_dtype}
+    rows = [row for group in groups for row in _costs({**defaults, **group})]
+    total = [sum(row[1][column] for row in rows) for column in range(5)]
+    unit, size = memory.unit(total[-1])
+    heading = ["group", "role", "treatment", "tensors", "weights", "share"]
+    lines = [[*heading, f"state {unit}", f"gradients {unit}", f"AdamW {unit}"]]
+    for labels, (tensors, weights, *sizes) in [*rows, (("total", "", ""), total)]:
+        share = f"{100 * weights / max(1, total[1]):.2f} %"
+        lines.append([*labels, str(tensors), f"{weights:,}", share, *(memory.short(each / size) for each in sizes)])
+    notes = [f"{group['role']}: {_few(group['param_names'])}" for group in groups if group.get("role") not in _UNNAMED]
+    if isinstance(groups, ParamGroups):
+        if groups.tied:
+            notes.append("tied: " + _few([" = ".join([name, *others]) for name, others in groups.tied.items()]))
+        if groups.frozen:
+            notes.append(f"frozen: {sum(groups.frozen.values()):,} weights in {_few(list(groups.frozen))}")
+        if groups.empty:
+            notes.append(f"empty: {_few(groups.empty)}")
+    return "\n".join([memory.align(lines, left=3), *notes])
+
+
+def _costs(group: dict[str, Any]) -> list[tuple[tuple[str, str, str], list[int]]]:
+    """Per role: group, role and treatment; tensors, weights, and bytes of state, held gradients and AdamW."""
+    share = float(getattr(group["density"], "largest", group["density"]))
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for parameter, role in zip(group["params"], group.get("roles") or ["any"] * len(group["params"]), strict=True):
+        size, width = parameter.numel(), parameter.element_size()
+        dense = group.get("dense", False) or parameter.dim() < 2 or size == 0
+        kept = 0 if dense else chunks.layout(parameter.shape, share).selected
+        labels = (group.get("role", "group"), role, "dense AdamW" if dense else f"selected from, {100 * share:g} %")
+        row = rows.setdefault(labels, [0] * 5)
+        row[0] += 1
+        row[1] += size
+        row[2] += memory.nanoadam_state(kept, size if dense else 0, group["state_dtype"].itemsize)
+        row[3] += size * width if dense else kept * group["grad_dtype"].itemsize
+        row[4] += 3 * size * width
+    return list(rows.items())
+
+
+def _few(names: list[str], at_most: int = 4) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
