@@ -213,6 +213,11 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "numbered-layers": (lambda: Net(fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 16), fc3=nn.Linear(16, 3)), {"fc3.weight"}),
     "convolution-at-the-end": (lambda: Net(down=nn.Conv2d(3, 8, 3), up=nn.Conv2d(8, 3, 1)), {"up.weight"}),
     "list-of-layers": (lambda: Net(layers=nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 3)])), {"layers.1.weight"}),
+    "stages": (
+        lambda: Net(stem=nn.Sequential(nn.Conv2d(3, 8, 3)), top=nn.Sequential(nn.Flatten(), nn.Linear(8, 3))),
+        {"top.1.weight"},
+    ),
+    "all-is-called-head": (lambda: Net(head=mlp()), {"head.4.weight"}),
     "bare-encoder": (encoder, set()),
     "bare-encoder-within": (lambda: Net(embed=nn.Embedding(32, 16), encoder=encoder(), norm=nn.LayerNorm(16)), set()),
     "recurrent": (lambda: Net(embed=nn.Embedding(32, 16), rnn=nn.LSTM(16, 16)), set()),
@@ -382,7 +387,17 @@ def test_norms_of_any_class_are_recognised() -> None:
             super().__init__()
             self.gain = nn.Parameter(torch.ones(8))
 
-    norms = [nn.GroupNorm(2, 8), nn.InstanceNorm1d(8, affine=True), nn.LayerNorm((4, 8)), nn.RMSNorm(8), HeadwiseNorm()]
+    class Standardize(nn.LayerNorm):
+        pass
+
+    norms = [
+        Standardize(8),
+        nn.GroupNorm(2, 8),
+        nn.InstanceNorm1d(8, affine=True),
+        nn.LayerNorm((4, 8)),
+        nn.RMSNorm(8),
+        HeadwiseNorm(),
+    ]
     model = nn.Sequential(nn.Linear(8, 8), *norms, LayerNorm2d(), nn.Linear(8, 8))
     found = by_name(model, weight_decay=0.1)
     inside = {name for name in found if name.partition(".")[0] not in ("0", str(len(norms) + 2))}
@@ -491,6 +506,14 @@ def test_adapters_on_the_head_are_matrices() -> None:
     assert any("classifier.lora_A" in name for name in found)
 
 
+def test_the_layer_under_an_adapter_keeps_its_role() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["query", "classifier"])
+    model = peft.get_peft_model(bert("BertForSequenceClassification"), config)
+    model.base_model.model.classifier.base_layer.requires_grad_(True)
+    found = roles(model)
+    assert [name for name, role in found.items() if role == "head"] == ["base_model.model.classifier.base_layer.weight"]
+
+
 # Overrides
 
 
@@ -533,6 +556,7 @@ def test_heads_can_be_selected_from() -> None:
 def test_tied_weights_answer_to_each_of_their_names() -> None:
     model = gpt2("GPT2LMHeadModel")
     assert "transformer.wte.weight" not in selected(model, dense="lm_head")
+    assert "transformer.wte.weight" not in selected(model, dense="lm_head.weight")
     assert "transformer.wte.weight" not in selected(model, dense=model.lm_head)
 
 

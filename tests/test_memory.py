@@ -213,6 +213,8 @@ def test_the_architecture_decides_on_the_head(folder: Path) -> None:
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         memory.estimate(model=tmp_path)
+    with pytest.raises(ValueError, match=r"there is no folder .*/missing"):
+        memory.estimate(model=str(tmp_path / "missing"))
 
 
 def test_without_network_a_hub_id_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

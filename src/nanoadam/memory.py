@@ -364,7 +364,10 @@ def from_config(name: str | PathLike[str]) -> nn.Module:
         raise ImportError("reading a model's config needs transformers: pip install 'nanoadam[lab]'") from error
     import torch
 
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if not folder.exists() and (isinstance(name, PathLike) or str(name).startswith(("/", ".", "~"))):
+        raise ValueError(f"there is no folder {name}: pass the folder of a saved transformers model, or a hub id")
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json: pass the folder of a saved transformers model")
     automatic: Any = transformers.AutoModel
     try:
@@ -425,7 +428,6 @@ def _module_tensors(model: Any, itemsize: int | None) -> tuple[_Tensor, ...]:
             linear=id(parameter) in linear and parameter.dim() == 2,
         )
         for parameter in model.parameters()
-        if parameter.numel()
     )
 
 
