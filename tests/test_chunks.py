@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nanoadam.chunks import MAX_CHUNK, layout
 from oracle import chunk_bounds
 

@@ -1,6 +1,7 @@
 """Density over steps, and the intervals of the paper's table 13."""
 
 import pytest
+
 from nanoadam.schedules import Schedule, constant, cosine, linear, recommended_intervals
 
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from nanoadam import amp, checks
 from nanoadam.chunks import layout
-from nanoadam.ops import Adam, Selection, Slot, backend, reference
+from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.release import GradientRelease
 from nanoadam.schedules import Intervals, Schedule
@@ -216,7 +216,9 @@ class NanoAdam(Optimizer):
         self._window[i] = t
         if self._is_due(group):
             group["active_density"], group["refreshed_at"] = _density(group, t), t
-            self._select(slots, group)
+        else:
+            slots = [slot for slot in slots if slot.fresh]  # unfrozen since the last refresh
+        self._select(slots, group)
 
     @staticmethod
     def _is_due(group: Mapping[str, Any]) -> bool:
@@ -240,6 +242,8 @@ class NanoAdam(Optimizer):
                 gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
             layouts = [layout(slot.weight.shape, _density(group, rule.step)) for slot in members]
             backend(device).select(members, layouts, rule, gradients)
+            for slot in members:
+                slot.fresh = False
 
     def _collect(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Compact dense gradients, in backward (gradient release) or in step()."""
@@ -289,6 +293,9 @@ class NanoAdam(Optimizer):
             torch._foreach_add_([slot.state["step"] for slot in (*selected, *dense)], 1)
         for slot in (*selected, *dense):
             slot.steps += 1
+        for slot in selected:
+            if slot.steps % (MAX_AGE // 2) == 0:
+                reference.restamp(slot)
         beta1, beta2 = group["betas"]
         adam = Adam(
             lr=group["lr"],
@@ -377,7 +384,7 @@ class NanoAdam(Optimizer):
         if slot.layout is None:
             return torch.ones_like(parameter, dtype=torch.bool)
         opened = self._window[self._group_of[parameter]] == group["steps"]
-        if not opened and self._is_due(group) and group["criterion"] != "gradient":
+        if not opened and (slot.fresh or self._is_due(group)) and group["criterion"] != "gradient":
             empty = {name: slot.state[name].new_empty(0) for name in ("exp_avg", "exp_avg_sq")}
             slot = Slot(parameter, empty, slot.ordinal)
             self._select([slot], group)
@@ -475,7 +482,7 @@ def _by_device(slots: Iterable[Slot]) -> Iterable[tuple[torch.device, list[Slot]
 
 def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:
     """A parameter's slot, with empty state unless it has some."""
-    slot = Slot(parameter, state, ordinal, name=name)
+    slot = Slot(parameter, state, ordinal, name=name, fresh=not state or group["refreshed_at"] < 0)
     if not group["dense"] and parameter.dim() >= 2:
         slot.layout = layout(parameter.shape, group["active_density"])
     if not state:

@@ -1,6 +1,7 @@
 """Random bits are a function of their counters; rounding is unbiased."""
 
 import torch
+
 from nanoadam.ops.rounding import mix, random_words, round_stochastically, seed_key, tensor_key
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nanoadam.chunks import layout
 from nanoadam.ops import Selection, Slot, reference
 from oracle import smallest_mask
@@ -69,7 +70,13 @@ def test_keep_zeros_never_selects_an_exact_zero(ops, device, dtype, zeros, densi
 
 
 @settings(max_examples=40)
-@given(rows=st.integers(1, 40), cols=st.integers(1, 300), density=st.floats(0.001, 1), levels=st.integers(1, 50), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 300),
+    density=st.floats(0.001, 1),
+    levels=st.integers(1, 50),
+    seed=st.integers(0, 99),
+)
 def test_selection_agrees_with_the_definition_on_drawn_cases(rows, cols, density, levels, seed):
     torch.manual_seed(seed)
     weight = torch.randint(-levels, levels + 1, (rows, cols)) / levels
@@ -135,7 +142,9 @@ def test_a_refresh_carries_moments_of_survivors_and_forgets_the_rest(ops, device
     weight += 0.3 * torch.randn(shape, device=device) * (weight != 0)
     ops.select([slot], [layout(shape, densities[1])], rule(keep_zeros=keep_zeros), None)
     after = reference.mask(slot)
-    assert torch.equal(after.cpu(), torch.from_numpy(smallest_mask(weight.cpu().double().numpy(), densities[1], keep_zeros=keep_zeros)))
+    assert torch.equal(
+        after.cpu(), torch.from_numpy(smallest_mask(weight.cpu().double().numpy(), densities[1], keep_zeros=keep_zeros))
+    )
     used = slot.state["index"] >= 0
     for name, values in dense.items():
         packed = slot.held if name == "held" else slot.state[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -39,7 +39,8 @@ class Slot:
     layout: Layout | None = None  # None: a dense tensor
     name: str = ""
     steps: int = 0  # state["step"] as a Python number
-    held: Tensor | None = field(default=None)  # grad dtype [selected]: gradient of the selected weights so far
+    fresh: bool = True  # nothing has been selected yet
+    held: Tensor | None = None  # grad dtype [selected]: gradient of the selected weights so far
 
 
 @dataclass(frozen=True)

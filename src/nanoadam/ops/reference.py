@@ -182,6 +182,11 @@ def _age(slot: Slot) -> Tensor:
     return ((slot.steps - slot.state["born"].to(torch.int32)) & 0xFFFF).clamp_(max=MAX_AGE)
 
 
+def restamp(slot: Slot) -> None:
+    """Move entry steps up so that ages stay at MAX_AGE: to be called before their low 16 bits wrap around."""
+    slot.state["born"].copy_((slot.steps - _age(slot)).to(torch.int16))
+
+
 def _store(target: Tensor, value: Tensor, noise: Tensor | None) -> Tensor:
     return value.to(target.dtype) if noise is None else round_stochastically(value, noise)
 
@@ -239,8 +244,6 @@ def update(slots: Sequence[Slot], adam: Adam) -> None:
         state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1).masked_fill_(~used, 0))
         state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2).masked_fill_(~used, 0))
         storage[place[used]] = _store(storage, weight, noise3)[used]
-        if slot.steps % (MAX_AGE // 2) == 0:  # before the low 16 bits wrap around
-            state["born"].copy_((slot.steps - _age(slot)).to(torch.int16))
 
 
 def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:

@@ -1,0 +1,166 @@
+"""Saving, loading, copying: training goes on bit for bit."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from nanoadam.optimizer import NanoAdam
+from nanoadam.schedules import linear
+
+
+def network(dtype):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(12, 80), torch.nn.Tanh(), torch.nn.Linear(80, 4)).to(dtype)
+
+
+def make(model, **options):
+    schedule = linear(0.3, 0.1, total_steps=20, interval=7)
+    return NanoAdam(model.parameters(), **{"lr": 1e-2, "density": schedule, "mask_interval": 3, "seed": 5, **options})
+
+
+def advance(model, opt, first, last):
+    dtype = next(model.parameters()).dtype
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        model(torch.randn(8, 12, generator=generator).to(dtype)).float().square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def bits(model):
+    return torch.cat([p.detach().view(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, {"moments": "reset"}, {"state_dtype": torch.float32}, {"density": 0.2, "mask_interval": 4}]
+)
+def test_resuming_at_any_step_continues_bit_for_bit(dtype, options):
+    whole = network(dtype)
+    opt = make(whole, **options)
+    checkpoints = {}
+    for step in range(24):
+        checkpoints[step] = through_a_file({"model": whole.state_dict(), "opt": opt.state_dict()})
+        advance(whole, opt, step, step + 1)
+    for step in (0, 1, 3, 7, 8, 14, 22):
+        model = network(dtype)
+        resumed = NanoAdam(model.parameters())  # every option comes from the state
+        saved = copy.deepcopy(checkpoints[step])
+        model.load_state_dict(saved["model"])
+        resumed.load_state_dict(state_dict=saved["opt"])
+        advance(model, resumed, step, 24)
+        assert torch.equal(bits(model), bits(whole)), step
+        for mine, theirs in zip(resumed.state.values(), opt.state.values(), strict=True):
+            for name in theirs:
+                assert mine[name].dtype == theirs[name].dtype
+                assert torch.equal(mine[name], theirs[name])
+
+
+def test_index_dtypes_survive_loading_into_bf16_parameters():
+    model = network(torch.bfloat16)
+    opt = make(model)
+    advance(model, opt, 0, 5)
+    fresh = make(model)
+    fresh.load_state_dict(through_a_file(opt.state_dict()))
+    state = fresh.state[model[0].weight]
+    assert (state["index"].dtype, state["born"].dtype, state["exp_avg"].dtype) == (
+        torch.int16,
+        torch.int16,
+        torch.bfloat16,
+    )
+    assert torch.equal(state["index"], opt.state[model[0].weight]["index"])
+
+
+def test_a_loaded_state_is_a_copy():
+    model, twin = network(torch.float32), network(torch.float32)
+    opt, other = make(model), make(twin)
+    advance(model, opt, 0, 2)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(opt.state_dict())
+    advance(model, opt, 2, 10)
+    advance(twin, other, 2, 10)
+    assert torch.equal(bits(model), bits(twin))
+
+
+def test_pickling_the_optimizer_with_its_model_continues_bit_for_bit():
+    model = network(torch.float32)
+    opt = make(model, max_grad_norm=0.1)
+    advance(model, opt, 0, 5)
+    twin, other = pickle.loads(pickle.dumps((model, opt)))
+    assert other.max_grad_norm == 0.1
+    advance(model, opt, 5, 12)
+    advance(twin, other, 5, 12)
+    assert torch.equal(bits(model), bits(twin))
+
+
+def test_schedulers_resume_with_it():
+    runs = []
+    for interrupted in (False, True):
+        model = network(torch.float32)
+        opt = make(model)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20)
+        for step in range(12):
+            if interrupted and step == 6:
+                saved = through_a_file([opt.state_dict(), scheduler.state_dict()])
+                opt = make(model)
+                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20)
+                opt.load_state_dict(saved[0])
+                scheduler.load_state_dict(saved[1])
+            advance(model, opt, step, step + 1)
+            scheduler.step()
+        runs.append(bits(model))
+    assert torch.equal(*runs)
+
+
+def test_distributed_checkpoint_saves_and_loads_by_keyword(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = network(torch.bfloat16)
+    opt = make(model, density=0.2)
+    advance(model, opt, 0, 8)
+    dcp.save(
+        {"opt": get_optimizer_state_dict(model, opt), "model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True
+    )
+
+    twin = network(torch.bfloat16)
+    other = make(twin, density=0.2)
+    advance(twin, other, 0, 4)  # DCP reads into tensors of the saved shapes: the moments have to be carried once
+    target = {"opt": get_optimizer_state_dict(twin, other), "model": twin.state_dict()}
+    dcp.load(target, checkpoint_id=tmp_path, no_dist=True)
+    twin.load_state_dict(target["model"])
+    set_optimizer_state_dict(twin, other, target["opt"])
+    assert torch.equal(bits(model), bits(twin))
+    advance(model, opt, 8, 14)
+    advance(twin, other, 8, 14)
+    assert torch.equal(bits(model), bits(twin))
+
+
+def test_loading_what_does_not_fit_changes_nothing():
+    model = network(torch.float32)
+    opt = make(model)
+    advance(model, opt, 0, 4)
+    before = copy.deepcopy(opt.state_dict())
+    other = torch.nn.Linear(7, 30)
+    wrong_shape = NanoAdam(
+        [other.weight, other.bias, torch.nn.Parameter(torch.ones(4, 80)), torch.nn.Parameter(torch.ones(4))]
+    )
+    adamw = torch.optim.AdamW(model.parameters())
+    fewer = NanoAdam([model[0].weight])
+    for bad, word in ((wrong_shape, "'parameter 0 of group 0'"), (adamw, "not saved by NanoAdam"), (fewer, r"\[1\]")):
+        with pytest.raises(ValueError, match=word):
+            opt.load_state_dict(bad.state_dict())
+        after = opt.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for key, state in before["state"].items():
+            assert all(torch.equal(state[name], after["state"][key][name]) for name in state)
