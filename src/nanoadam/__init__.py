@@ -1,5 +1,20 @@
 """Finetuning with Adam moments for the smallest weights only."""
 
+from nanoadam import memory
+from nanoadam.groups import describe, param_groups
+from nanoadam.optimizer import NanoAdam
+from nanoadam.schedules import constant, cosine, linear, recommended_intervals
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "NanoAdam",
+    "__version__",
+    "constant",
+    "cosine",
+    "describe",
+    "linear",
+    "memory",
+    "param_groups",
+    "recommended_intervals",
+]

@@ -1,0 +1,194 @@
+"""The command `nanoadam`. What a user can get wrong ends in one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import nanoadam
+from nanoadam import memory as costs
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    if missing.name not in {"typer", "rich"}:
+        raise
+    print(f"nanoadam: the command needs {missing.name}: pip install 'nanoadam[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+if TYPE_CHECKING:
+    from nanoadam.lab.demo import Demo
+
+__all__ = ["main"]
+
+# Which extra brings a module that the demo wants.
+EXTRAS = dict.fromkeys(("sklearn", "matplotlib", "numpy", "tomli_w"), "demo")
+
+app = typer.Typer(
+    name="nanoadam",
+    help="Finetune pretrained models with Adam moments for the smallest weights only.",
+    epilog="Example: nanoadam demo",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments after the command's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 130 after Ctrl-C.
+    """
+    try:
+        command = typer.main.get_command(app)
+        result = command.main(args=None if argv is None else list(argv), prog_name="nanoadam", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        result = 130
+    except ImportError as error:
+        if error.name is None:  # raised by this library, with the remedy
+            return _refuse(str(error))
+        module = error.name.partition(".")[0]
+        if module not in EXTRAS or not isinstance(error, ModuleNotFoundError):
+            raise
+        return _refuse(f"this command needs {module}, which is not installed: pip install 'nanoadam[{EXTRAS[module]}]'")
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    except Exception as error:
+        # The parser's own errors; their class has moved between releases of typer, their method has not.
+        if not hasattr(error, "format_message"):
+            raise
+        return _refuse(f"{str(error.format_message()).rstrip('.')} (see nanoadam --help)")
+    if result == 130:
+        print("nanoadam: interrupted", file=sys.stderr)
+    return result if isinstance(result, int) else 0
+
+
+def _refuse(sentence: str) -> int:
+    print(f"nanoadam: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(nanoadam.__version__)
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(epilog="Example: nanoadam memory --params 6.275e9")
+def memory(
+    params: Annotated[
+        float | None, typer.Option(help="Number of weights, all of them selected from.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder with a config.json, or a hub id: only the config is read.", show_default=False),
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of the weights that NanoAdam and MicroAdam select.")] = 0.01,
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(costs.METHODS)}; all by default.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What finetuning takes with each optimizer, by formula: state, weights and gradients.
+
+    Give --params or --model. Activations are not counted.
+    """
+    if (params is None) == (model is None):
+        raise ValueError("give either --params (a number of weights) or --model (a folder or a hub id)")
+    if method is None:
+        rows = costs.table(params=params, model=model, density=density)
+    else:
+        rows = [costs.estimate(method, params=params, model=model, density=density)]
+    print(json.dumps([row.to_dict() for row in rows]) if as_json else costs.render(rows))
+
+
+@app.command(epilog="Example: nanoadam demo --seeds 5 --out runs/first")
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; must be new or empty.", show_default="runs/demo-TIME")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="How many seeds, counted from 0.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Finetune on new digits, measure what is forgotten of the old ones: AdamW against NanoAdam.
+
+    Real images that come with scikit-learn, no download, about a minute. Prints one table and writes a run folder.
+    """
+    for module in EXTRAS:  # what is missing must be said before the work, not after it
+        importlib.import_module(module)
+    from nanoadam.lab import demo as lab
+
+    out = out or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    lab.prepare_folder(out)
+    with _progress() as bar:
+        task = bar.add_task("starting", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        result = lab.run(lab.Settings(seeds=tuple(range(seeds))), tell)
+    lab.write_folder(result, out)
+    if as_json:
+        print(json.dumps({"out": str(out), "seconds": round(result.seconds, 1), "methods": result.table()}))
+    else:
+        _print_demo(result, out)
+
+
+def _print_demo(result: Demo, out: Path) -> None:
+    from nanoadam.lab.demo import METRICS
+    from nanoadam.lab.plots import cell
+
+    rows: list[dict[str, Any]] = result.table()
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["method"], justify="right", no_wrap=True)
+    table.add_row("learning rate (chosen)", *(f"{row['learning_rate']:g}" for row in rows))
+    for key, label, unit in METRICS:
+        table.add_row(label, *(cell(row[key], unit) for row in rows))
+    console = _console()
+    console.print(table)
+    seeds = len(result.settings.seeds)
+    console.print(f"{seeds} seed{'s: mean ± standard deviation' if seeds > 1 else ''}; {result.seconds:.0f} s")
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+def _console() -> Console:
+    """Standard output; as wide as a table needs where it is no terminal."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
+
+
+def _progress() -> Progress:
+    """A bar on stderr, and nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
