@@ -28,12 +28,12 @@ def unscale(optimizer: NanoAdam, scaler: Any) -> bool:
         if record["stage"] is OptState.READY:
             scaler.unscale_(optimizer)
         found = record["found_inf_per_device"]
-        for device, infinite in _divide(optimizer.held(), scaler._get_scale_async()).items():
-            found[device] = torch.maximum(found[device], infinite) if device in found else infinite
+        for device, flag in _divide(optimizer.held(), scaler._get_scale_async()).items():
+            found[device] = torch.maximum(found[device], flag) if device in found else flag
         return not any(bool(flag.item()) for flag in found.values())
     if not hasattr(optimizer, "found_inf"):
         return True
-    held, scale = optimizer.held(), optimizer.grad_scale
+    held, scale = optimizer.held(), getattr(optimizer, "grad_scale", None)
     if scale is None and held:
         raise RuntimeError(
             "scaler.unscale_(optimizer) cannot reach the gradients that NanoAdam holds: leave it out and clip with "

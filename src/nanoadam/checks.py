@@ -71,7 +71,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r} for {where}")
 
 
-def check_norm(max_grad_norm: float | None) -> None:
+def check_norm(max_grad_norm: object) -> None:
     """Raise ValueError unless it is None or a positive number."""
     if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping; got {max_grad_norm!r}")

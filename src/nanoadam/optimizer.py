@@ -167,9 +167,7 @@ class NanoAdam(Optimizer):
     # Algorithm 1
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, grad_scaler: torch.amp.GradScaler | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: torch.amp.GradScaler | None = None) -> Any:
         """One step of Algorithm 1: new density and mask if they are due, then AdamW on the selected weights.
 
         Args:
@@ -282,7 +280,8 @@ class NanoAdam(Optimizer):
             return 1.0
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale: Tensor = self.max_grad_norm / (norm + 1e-6)
+        return scale.clamp(max=1.0)
 
     def _update(self, i: int, grad_scale: float | Tensor) -> None:
         """Lines 3 and 4 of Algorithm 1."""
@@ -311,7 +310,8 @@ class NanoAdam(Optimizer):
         for device, members in _by_device(selected):
             backend(device).update(members, adam)
         for device, members in _by_device(dense):
-            backend(device).update_dense(members, [slot.weight.grad for slot in members], adam)
+            gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
+            backend(device).update_dense(members, gradients, adam)
         if not self._releases(i):
             for slot in selected:  # p.grad is still there, and is what zero_grad() speaks of
                 slot.held = None
@@ -419,13 +419,13 @@ class NanoAdam(Optimizer):
         return saved
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, bit for bit; nothing changes if it does not fit. Held gradients are dropped.
 
         Raises:
             ValueError: if the state was not saved by NanoAdam for parameters of these shapes.
         """
-        checks.check_state(self._slots.values(), self.param_groups, state_dict)
+        checks.check_state(list(self._slots.values()), self.param_groups, state_dict)
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group in groups:
             if isinstance(group["density"], Mapping):

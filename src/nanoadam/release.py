@@ -100,7 +100,7 @@ class GradientRelease:
                 self.flush()
             elif not self._callback_queued:
                 self._callback_queued = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
+                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
         self._callback_queued = False
@@ -133,9 +133,7 @@ class GradientRelease:
             if parameter is None:
                 return
             if parameter.grad is None:  # an empty gradient of no size, taken away again by settle()
-                parameter.grad = torch.sparse_coo_tensor(
-                    size=parameter.shape, dtype=parameter.dtype, device=parameter.device, check_invariants=False
-                )
+                parameter.grad = torch.zeros_like(parameter, layout=torch.sparse_coo, requires_grad=False)
         gradient = parameter.grad
         assert gradient is not None
         self._witness = (parameter, gradient, gradient._version)
@@ -163,6 +161,7 @@ class GradientRelease:
             owner._drop_held()
 
     def forget_witness(self) -> None:
+        """Stop asking whether older gradients were zeroed."""
         if self._witness is not None:
             parameter, gradient, _ = self._witness
             if gradient.is_sparse and parameter.grad is gradient:

@@ -30,14 +30,17 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"density schedule must be one of {', '.join(KINDS)}; got {self.kind!r}")
-        for name, value in (("start", self.start), ("end", self.end)):
+        densities: dict[str, object] = {"start": self.start, "end": self.end}
+        for name, value in densities.items():
             if not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
                 raise ValueError(f"density must be in (0, 1], got {name}={value!r} in the {self.kind} schedule")
-        for name, count in (("total_steps", self.total_steps), ("interval", self.interval)):
+        counts: dict[str, object] = {"total_steps": self.total_steps, "interval": self.interval}
+        for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} of a density schedule must be a whole number of at least 1, got {count!r}")
 
     def __call__(self, step: int) -> float:
+        """The density at a step."""
         if self.kind == "constant" or self.interval > self.total_steps:
             return self.start
         changed_at = step - step % self.interval
@@ -88,6 +91,7 @@ def recommended_intervals(steps_per_epoch: int) -> Intervals:
     Raises:
         ValueError: if `steps_per_epoch` is not a whole number of at least 1.
     """
-    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
+    given: object = steps_per_epoch
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"steps_per_epoch must be a whole number of at least 1, got {steps_per_epoch!r}")
     return Intervals(max(1, steps_per_epoch // 40), max(1, steps_per_epoch // 8))
