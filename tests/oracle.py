@@ -3,6 +3,7 @@
 Written from the restated Algorithm 1 and the meanings of DESIGN, sharing no code with the library.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ def chunk_bounds(shape, max_chunk=4096):
         while block * 2 * cols <= max_chunk:
             block *= 2
         edges = [min(rows, r) * cols for r in range(0, rows + block, block)]
-        return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+        return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
     pieces = math.ceil(cols / max_chunk)
     piece = min(max_chunk, math.ceil(math.ceil(cols / pieces) / 64) * 64)
     return [(r * cols + a, r * cols + min(a + piece, cols)) for r in range(rows) for a in range(0, cols, piece)]

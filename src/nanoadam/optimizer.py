@@ -233,6 +233,7 @@ class NanoAdam(Optimizer):
             carry=group["moments"] == "carry",
             key=seed_key(group["seed"]),
             step=group["steps"],
+            per_weight_age=group["capturable"],
         )
         for device, members in _by_device(slots):
             gradients = None
@@ -242,6 +243,7 @@ class NanoAdam(Optimizer):
             backend(device).select(members, layouts, rule, gradients)
             for slot in members:
                 slot.fresh = False
+                slot.version += 1
 
     def _collect(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Compact dense gradients, in backward (gradient release) or in step()."""
@@ -306,6 +308,7 @@ class NanoAdam(Optimizer):
             stochastic_rounding=group["stochastic_rounding"],
             key=seed_key(group["seed"]),
             grad_scale=grad_scale,
+            capturable=group["capturable"],
         )
         for device, members in _by_device(selected):
             backend(device).update(members, adam)

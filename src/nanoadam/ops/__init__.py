@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Slot:
     name: str = ""
     steps: int = 0  # state["step"] as a Python number
     fresh: bool = True  # nothing has been selected yet
+    version: int = 0  # counts selections
+    cache: dict[str, Any] = field(default_factory=dict)  # for a backend's own use
     held: Tensor | None = None  # grad dtype [selected]: gradient of the selected weights so far
 
 
@@ -52,6 +54,7 @@ class Selection:
     carry: bool  # weights that stay selected keep their moments; otherwise all start over
     key: int  # random bits for criterion "random"
     step: int
+    per_weight_age: bool = False  # make `born` [selected] at once: addresses then stay the same
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Adam:
     maximize: bool
     stochastic_rounding: bool
     key: int  # of the seed
+    capturable: bool = False  # read the step from the device
     grad_scale: float | Tensor = 1.0  # gradients are multiplied by this: clipping, loss scaling
 
 

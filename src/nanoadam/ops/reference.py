@@ -156,8 +156,11 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtyp
         assert slot.layout is not None
         index = slot.state["index"]
         place = _storage_offsets(positions(index.clamp(min=0), slot.layout), gradient)
-        entries = _flat_storage(gradient)[place].to(dtype).masked_fill_(index < 0, 0)
-        slot.held = entries if slot.held is None else slot.held.add_(entries)
+        entries = _flat_storage(gradient)[place].float().masked_fill_(index < 0, 0)
+        if slot.held is None:
+            slot.held = entries.to(dtype)
+        else:
+            slot.held.copy_(slot.held.float() + entries)  # rounded once, where it is not float32
 
 
 def scatter_add(slot: Slot, dense: Tensor) -> None:

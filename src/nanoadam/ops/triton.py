@@ -1,0 +1,426 @@
+"""The operations as Triton kernels: one launch for a list of tensors, no waiting for the device.
+
+Every launch reads a table of addresses and sizes. Tables are rebuilt only when an address changes. What a kernel
+cannot address (strides other than contiguous and channels-last) goes through `reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from nanoadam.chunks import Layout
+from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, kernels, reference
+
+BLOCK = 1024
+"""Selected entries a program updates."""
+
+_CRITERIA = {"smallest": 0, "largest": 1, "random": 2, "gradient": 3}
+_TYPES = {
+    torch.float32: triton.language.float32,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float16: triton.language.float16,
+}
+_RELAYOUT_BYTES = 512 * 2**20  # new state allocated beside the old at a time, when the density changes
+
+
+def _spatial(tensor: Tensor) -> int:
+    """1 if contiguous, the weights per channel if channels-last, 0 for other strides."""
+    if tensor.is_contiguous():
+        return 1
+    if (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)) or (
+        tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+    ):
+        return math.prod(tensor.shape[2:])
+    return 0
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits: one kernel whatever the word."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _partition(items: Iterable[Any], key: Callable[[Any], Hashable]) -> Iterable[tuple[Any, list[Any]]]:
+    parts: dict[Hashable, list[Any]] = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
+    return parts.items()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=torch.int64)
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_rows(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [sum of blocks]: which tensor each block belongs to."""
+    counts = torch.tensor(blocks, dtype=torch.int64)
+    return torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32), counts).to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _corrections(beta1: float, beta2: float, device: torch.device) -> Tensor:
+    """float32 [2, MAX_AGE + 1]: bias corrections by age, computed in float64."""
+    age = torch.arange(MAX_AGE + 1, dtype=torch.float64, device=device)
+    age[0] = 1  # no weight has this age when it is updated
+    return torch.stack([1 / (1 - beta1**age), (1 - beta2**age).sqrt()]).float()
+
+
+def _row(slot: Slot) -> list[int]:
+    """The table's columns that stay the same until the next selection."""
+    cached = slot.cache.get("row")
+    address = slot.weight.data_ptr()
+    if cached is not None and cached[0] == (slot.version, address):
+        row: list[int] = cached[1]
+        return row
+    state, lay, weight = slot.state, slot.layout, slot.weight
+    assert lay is not None
+    row = [
+        address,
+        state["index"].data_ptr(),
+        state["exp_avg"].data_ptr(),
+        state["exp_avg_sq"].data_ptr(),
+        state["born"].data_ptr(),
+        int(state["born"].numel() > 1),
+        0,
+        state["step"].data_ptr(),
+        slot.ordinal,
+        lay.line,
+        lay.chunk,
+        lay.full,
+        lay.keep,
+        lay.kept_per_line,
+        lay.selected,
+        weight.numel() // weight.shape[0],
+        _spatial(weight),
+        0,
+        0,
+        1,
+        0,
+    ]
+    slot.cache["row"] = ((slot.version, address), row)
+    return row
+
+
+def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
+    kinds = _partition(
+        zip(slots, gradients, strict=True),
+        lambda pair: (pair[1].dtype, dtype if pair[0].held is None else pair[0].held.dtype, _spatial(pair[1]) > 0),
+    )
+    for (gradient_type, held_type, addressable), pairs in kinds:
+        if not addressable:
+            reference.gather([slot for slot, _ in pairs], [gradient for _, gradient in pairs], dtype)
+            continue
+        rows = []
+        for slot, gradient in pairs:
+            row = _row(slot).copy()
+            row[kernels.ACCUMULATE.value] = int(slot.held is not None)
+            if slot.held is None:
+                slot.held = torch.empty(slot.layout.selected, dtype=held_type, device=gradient.device)
+            row[kernels.HELD.value] = slot.held.data_ptr()
+            row[kernels.GRADIENT.value] = gradient.data_ptr()
+            row[kernels.GRADIENT_SPATIAL.value] = _spatial(gradient)
+            rows.append(row)
+        device = pairs[0][1].device
+        grid = (triton.cdiv(max(slot.layout.selected for slot, _ in pairs), BLOCK), len(rows))
+        with _on(device):
+            kernels.gather[grid](
+                _upload(rows, device),
+                GRADIENT_TYPE=_TYPES[gradient_type],
+                HELD_TYPE=_TYPES[held_type],
+                BLOCK=BLOCK,
+            )
+
+
+def _scalars(adam: Adam, device: torch.device, anything: Tensor) -> dict[str, Any]:
+    """Arguments that both updates share; pointers that are not used point to `anything`."""
+    lr_pointer = adam.lr if isinstance(adam.lr, Tensor) and adam.lr.device == device else None
+    scale = adam.grad_scale
+    if isinstance(scale, Tensor):
+        scale = scale.to(device, non_blocking=True)
+    return {
+        "corrections": _corrections(adam.beta1, adam.beta2, device),
+        "lr": 0.0 if lr_pointer is not None else float(adam.lr),
+        "lr_pointer": anything if lr_pointer is None else lr_pointer,
+        "scale_pointer": scale if isinstance(scale, Tensor) else anything,
+        "weight_decay": float(adam.weight_decay),
+        "weight1": 1 - adam.beta1,
+        "beta2": float(adam.beta2),
+        "weight2": 1 - adam.beta2,
+        "eps": float(adam.eps),
+        "key": _signed(adam.key),
+        "LR_POINTER": lr_pointer is not None,
+        "SCALE_POINTER": isinstance(scale, Tensor),
+        "STEP_POINTER": adam.capturable,
+        "MAXIMIZE": adam.maximize,
+        "STOCHASTIC": adam.stochastic_rounding,
+        "BLOCK": BLOCK,
+    }
+
+
+def _cached_table(
+    name: str, slots: list[Slot], signature: list[int], build: Callable[[], list[list[int]]]
+) -> tuple[Tensor, Tensor, int]:
+    """A list's table, block map and number of blocks, rebuilt when an address in `signature` has changed."""
+    cached = slots[0].cache.get(name)
+    if cached is not None and cached[0] == signature and cached[1] == slots:
+        entry: tuple[Tensor, Tensor, int] = cached[2]
+        return entry
+    rows, first = build(), 0
+    blocks = []
+    for row in rows:
+        row[kernels.FIRST.value] = first
+        blocks.append(triton.cdiv(row[kernels.SELECTED.value], BLOCK))
+        first += blocks[-1]
+    device = slots[0].weight.device
+    entry = _upload(rows, device), _block_rows(tuple(blocks), device), first
+    slots[0].cache[name] = (signature, list(slots), entry)
+    return entry
+
+
+def _kind(adam: Adam, slot: Slot, gradient: Tensor | None) -> Hashable:
+    """What has to be equal in one launch; None where only the reference can serve."""
+    if _spatial(slot.weight) == 0:
+        return None
+    step = -1 if adam.capturable else slot.steps
+    return step, slot.weight.dtype, slot.state["exp_avg"].dtype, None if gradient is None else gradient.dtype
+
+
+def update(slots: Sequence[Slot], adam: Adam) -> None:
+    for kind, members in _partition(slots, lambda slot: _kind(adam, slot, slot.held)):
+        if kind is None:
+            reference.update(members, adam)
+            continue
+
+        def build(members: list[Slot] = members) -> list[list[int]]:
+            rows = [_row(slot).copy() for slot in members]
+            for row, slot in zip(rows, members, strict=True):
+                row[kernels.HELD.value] = slot.held.data_ptr() if slot.held is not None else 0
+            return rows
+
+        signature = [slot.version for slot in members] + [slot.weight.data_ptr() for slot in members]
+        signature += [slot.held.data_ptr() for slot in members if slot.held is not None]
+        table, block_rows, blocks = _cached_table("update", members, signature, build)
+        step, weight_type, state_type, held_type = kind
+        with _on(table.device):
+            kernels.update[(blocks,)](
+                table,
+                block_rows,
+                step=step & 0x7FFFFFFF,
+                WEIGHT_TYPE=_TYPES[weight_type],
+                HELD_TYPE=_TYPES[held_type],
+                STATE_TYPE=_TYPES[state_type],
+                **_scalars(adam, table.device, table),
+            )
+
+
+def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
+    of = dict(zip(slots, gradients, strict=True))
+    for slot, gradient in of.items():
+        if gradient.stride() != slot.weight.stride():
+            of[slot] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
+    for kind, members in _partition(slots, lambda slot: _kind(adam, slot, of[slot])):
+        if kind is None:
+            reference.update_dense(members, [of[slot] for slot in members], adam)
+            continue
+
+        def build(members: list[Slot] = members) -> list[list[int]]:
+            rows = []
+            for slot in members:
+                row = [0] * kernels.COLUMNS.value
+                row[kernels.WEIGHT.value] = slot.weight.data_ptr()
+                row[kernels.GRADIENT.value] = of[slot].data_ptr()
+                row[kernels.EXP_AVG.value] = slot.state["exp_avg"].data_ptr()
+                row[kernels.EXP_AVG_SQ.value] = slot.state["exp_avg_sq"].data_ptr()
+                row[kernels.STEP.value] = slot.state["step"].data_ptr()
+                row[kernels.ORDINAL.value] = slot.ordinal
+                row[kernels.SELECTED.value] = slot.weight.numel()
+                row[kernels.ROW.value] = slot.weight.numel() // slot.weight.shape[0] if slot.weight.dim() else 1
+                row[kernels.SPATIAL.value] = _spatial(slot.weight)
+                rows.append(row)
+            return rows
+
+        signature = [slot.version for slot in members] + [slot.weight.data_ptr() for slot in members]
+        signature += [of[slot].data_ptr() for slot in members]
+        table, block_rows, blocks = _cached_table("dense", members, signature, build)
+        step, weight_type, state_type, gradient_type = kind
+        with _on(table.device):
+            kernels.update_dense[(blocks,)](
+                table,
+                block_rows,
+                step=step & 0x7FFFFFFF,
+                log_beta1=math.log2(max(adam.beta1, 1e-30)),
+                log_beta2=math.log2(max(adam.beta2, 1e-30)),
+                WEIGHT_TYPE=_TYPES[weight_type],
+                GRADIENT_TYPE=_TYPES[gradient_type],
+                STATE_TYPE=_TYPES[state_type],
+                **_scalars(adam, table.device, table),
+            )
+
+
+def select(
+    slots: Sequence[Slot], layouts: Sequence[Layout], rule: Selection, gradients: Sequence[Tensor] | None
+) -> None:
+    dense: Sequence[Tensor | None] = [None] * len(slots) if gradients is None else gradients
+    items = list(zip(slots, layouts, dense, strict=True))
+
+    def kind(item: tuple[Slot, Layout, Tensor | None]) -> Hashable:
+        slot, _, gradient = item
+        if _spatial(slot.weight) == 0 or (gradient is not None and _spatial(gradient) == 0):
+            return None
+        held = None if slot.held is None else slot.held.dtype
+        carry = rule.carry and slot.steps > 0
+        state = slot.state["exp_avg"].dtype
+        return slot.weight.dtype, None if gradient is None else gradient.dtype, held, carry, state
+
+    for what, members in _partition(items, kind):
+        if what is None:
+            reference.select(
+                [slot for slot, _, _ in members],
+                [lay for _, lay, _ in members],
+                rule,
+                [gradient for _, _, gradient in members] if gradients is not None else None,
+            )
+            continue
+        batch: list[Any] = []
+        size = 0
+        for item in members:
+            slot, lay, _ = item
+            batch.append(item)
+            if slot.layout != lay and slot.steps:
+                size += lay.selected * (4 + 2 * slot.state["exp_avg"].element_size())
+            if size > _RELAYOUT_BYTES:  # the old state of this batch is freed before the next is made
+                _select_batch(batch, rule, *what)
+                batch, size = [], 0
+        if batch:
+            _select_batch(batch, rule, *what)
+
+
+def _select_batch(
+    batch: Sequence[tuple[Slot, Layout, Tensor | None]],
+    rule: Selection,
+    weight_type: torch.dtype,
+    gradient_type: torch.dtype | None,
+    held_type: torch.dtype | None,
+    carry: bool,
+    state_type: torch.dtype,
+) -> None:
+    device = batch[0][0].weight.device
+    rows, chunks, first, results = [], [], 0, []
+    for slot, lay, gradient in batch:
+        state, in_place = slot.state, slot.layout == lay and "index" in slot.state
+
+        def room(name: str, state: dict[str, Tensor] = state, lay: Layout = lay, in_place: bool = in_place) -> Tensor:
+            return state[name] if in_place else torch.empty(lay.selected, dtype=state[name].dtype, device=device)
+
+        index = state["index"] if in_place else torch.empty(lay.selected, dtype=torch.int16, device=device)
+        new = {"index": index, "exp_avg": room("exp_avg"), "exp_avg_sq": room("exp_avg_sq")}
+        if carry:
+            own = in_place and state["born"].numel() == lay.selected
+            new["born"] = state["born"] if own else torch.empty_like(index)
+        else:
+            new["exp_avg"].zero_()
+            new["exp_avg_sq"].zero_()
+            stamp = slot.steps & 0xFFFF
+            count = lay.selected if rule.per_weight_age else 1
+            stamp = stamp - 2**16 if stamp >= 2**15 else stamp
+            new["born"] = torch.full((count,), stamp, dtype=torch.int16, device=device)
+        held = slot.held
+        if held is not None and not in_place:
+            held = torch.empty(lay.selected, dtype=held.dtype, device=device)
+        results.append((slot, lay, new, held))
+        old = slot.layout or lay
+        row = [0] * kernels.SELECT_COLUMNS.value
+        for column, tensor in (
+            (kernels.WEIGHT, slot.weight),
+            (kernels.INDEX, state.get("index")),
+            (kernels.EXP_AVG, state["exp_avg"]),
+            (kernels.EXP_AVG_SQ, state["exp_avg_sq"]),
+            (kernels.BORN, state.get("born")),
+            (kernels.HELD, slot.held),
+            (kernels.GRADIENT, gradient),
+            (kernels.NEW_INDEX, new["index"]),
+            (kernels.NEW_EXP_AVG, new["exp_avg"]),
+            (kernels.NEW_EXP_AVG_SQ, new["exp_avg_sq"]),
+            (kernels.NEW_BORN, new["born"]),
+            (kernels.NEW_HELD, held),
+        ):
+            row[column.value] = 0 if tensor is None else tensor.data_ptr()
+        for column, number in (
+            (kernels.BORN_STRIDE, int("born" in state and state["born"].numel() > 1)),
+            (kernels.ORDINAL, slot.ordinal),
+            (kernels.LINE, lay.line),
+            (kernels.CHUNK, lay.chunk),
+            (kernels.FULL, lay.full),
+            (kernels.TAIL, lay.tail),
+            (kernels.KEEP, old.keep),
+            (kernels.KEEP_TAIL, old.keep_tail),
+            (kernels.KEPT_PER_LINE, old.kept_per_line),
+            (kernels.NEW_KEEP, lay.keep),
+            (kernels.NEW_KEEP_TAIL, lay.keep_tail),
+            (kernels.NEW_KEPT_PER_LINE, lay.kept_per_line),
+            (kernels.ROW, slot.weight.numel() // slot.weight.shape[0]),
+            (kernels.SPATIAL, _spatial(slot.weight)),
+            (kernels.GRADIENT_SPATIAL, 1 if gradient is None else _spatial(gradient)),
+            (kernels.FIRST, first),
+            (kernels.STEPS, slot.steps),
+        ):
+            row[column.value] = number
+        rows.append(row)
+        chunks.append(lay.chunks)
+        first += lay.chunks
+    lays = [lay for _, lay, _ in batch]
+    longest = triton.next_power_of_2(max(min(lay.chunk, lay.line) for lay in lays))
+    kept = triton.next_power_of_2(max(max(lay.keep, lay.keep_tail) for lay in lays))
+    old_kept = max(max(lay.keep, lay.keep_tail) for lay in (slot.layout or coming for slot, coming, _ in batch))
+    programs = min(first, _PROGRAMS_PER_PROCESSOR * _processors(device))
+    scratch = torch.empty((programs, longest), dtype=torch.int16, device=device)
+    with _on(device):
+        kernels.select[(programs,)](
+            _upload(rows, device),
+            _block_rows(tuple(chunks), device),
+            scratch,
+            first,
+            _signed(rule.key),
+            rule.step,
+            CRITERION=_CRITERIA[rule.criterion],
+            KEEP_ZEROS=rule.keep_zeros,
+            CARRY=carry,
+            CARRY_HELD=held_type is not None,
+            WEIGHT_TYPE=_TYPES[weight_type],
+            GRADIENT_TYPE=_TYPES[gradient_type or weight_type],
+            HELD_TYPE=_TYPES[held_type or torch.float32],
+            STATE_TYPE=_TYPES[state_type],
+            BLOCK=longest,
+            KEPT=kept,
+            SEARCH=max(1, old_kept.bit_length()),
+            num_warps=_SELECT_WARPS if longest >= 1024 else 1,
+        )
+    for slot, lay, new, held in results:
+        slot.state.update(new)
+        slot.layout, slot.held = lay, held
+
+
+_PROGRAMS_PER_PROCESSOR = 8
+_SELECT_WARPS = 4
+
+
+@functools.lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 1
