@@ -236,7 +236,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     if isinstance(optimizer, nanoadam.NanoAdam):
         return optimizer.state_bytes()
     values = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return sum(_nbytes(value) for value in values if isinstance(value, Tensor))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # torchao's 8-bit states are tensors made of tensors
+    if flatten is None:
+        return tensor.nbytes
+    return sum(_nbytes(getattr(tensor, name)) for name in flatten()[0])
 
 
 # NanoAdam ------------------------------------------------------------------------------------------------

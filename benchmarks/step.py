@@ -150,22 +150,22 @@ class Bench:
         return 1e3 * size / self.bandwidth
 
     def clocks(self, work: Callable[[], Any], before: Callable[[], Any] | None = None) -> dict[str, float]:
-        """Device time, wall time and the host's share of it."""
+        """Of one call: the device's time, the host's until it returns, and both until the device is done."""
         repeats, warmup = self.options.repeats, self.options.warmup
-        device = common.median(common.device_ms, work, self.device, repeats, warmup, before)
-        host = common.median(common.host_ms, work, self.device, repeats, 1, before)
-        if before is not None:
-            return {
-                "device": device,
-                "host": host,
-                "wall": common.median(common.wall_ms, work, self.device, repeats, 1, before),
-            }
+        return {
+            "device": common.median(common.device_ms, work, self.device, repeats, warmup, before),
+            "host": common.median(common.host_ms, work, self.device, repeats, 1, before),
+            "wall": common.median(common.wall_ms, work, self.device, repeats, 1, before),
+        }
+
+    def in_a_row(self, work: Callable[[], Any]) -> float:
+        """Wall time of one of many calls with nothing between them."""
 
         def several() -> None:
-            for _ in range(repeats):
+            for _ in range(self.options.repeats):
                 work()
 
-        return {"device": device, "host": host, "wall": common.wall_ms(several, self.device) / repeats}
+        return common.wall_ms(several, self.device) / self.options.repeats
 
     def extra_bytes(self, work: Callable[[], Any]) -> int | None:
         """Memory that one call takes on top of what was there before and what it leaves."""
@@ -190,6 +190,7 @@ class Bench:
         found: dict[str, Any] = {"method": _NAMES[peer], "state_bytes": self.state_growth(before, optimizer)}
         found["step_extra_bytes"] = self.extra_bytes(optimizer.step)
         found["ms"] = {"step": self.clocks(optimizer.step)}
+        found["in_a_row_ms"] = self.in_a_row(optimizer.step)
         if self.options.launches:
             found["launches"] = {"step": common.launches(optimizer.step, self.device)}
         tensors.give(selected=True, dense=False)
@@ -223,7 +224,9 @@ class Bench:
 
         hold(dense=True)
         found["held_bytes"] = optimizer.gradient_bytes()
-        step = {"extra": self.extra_bytes(optimizer.step), "ms": self.clocks(optimizer.step)}
+        step = {"extra": self.extra_bytes(optimizer.step)}
+        step["ms"] = self.clocks(optimizer.step, lambda: hold(dense=True))  # held gradients made anew, as in training
+        found["in_a_row_ms"] = self.in_a_row(optimizer.step)
         hold(dense=False)
         update = self.clocks(optimizer.step)
         if len(optimizer.held()) != len(pairs):
@@ -314,16 +317,20 @@ def measure(model: str, options: argparse.Namespace, bandwidth: float) -> dict[s
         common.progress(f"{model}: {name}")
         try:
             results.append(run())
-        except (ImportError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # a peer that does not work here shall not take the others along
+            if name in ("adamw", "sgd") or (name not in PEERS and not isinstance(error, torch.OutOfMemoryError)):
+                raise
             skipped[name] = common.first_line(error)
             common.progress(f"{model}: {name} left out: {skipped[name]}")
         tensors.give(selected=False, dense=False)
         common.free(device)
-    reference = next((result["ms"] for result in results if result["method"] == _NAMES["adamw"]), None)
-    for result in results if reference else ():
+    adamw = next((result for result in results if result["method"] == _NAMES["adamw"]), None)
+    for result in results if adamw else ():
+        reference, in_a_row = adamw["ms"], adamw["in_a_row_ms"]
         result["of_adamw"] = {
             "step, device": result["ms"]["step"]["device"] / reference["step"]["device"],
             "step, wall": result["ms"]["step"]["wall"] / reference["step"]["wall"],
+            "step, in a row": result["in_a_row_ms"] / in_a_row,
             "update, device": result["ms"]["update"]["device"] / reference["update"]["device"],
         }
         for part, ms in result.get("per_step_ms", {}).items():
@@ -346,6 +353,7 @@ def render(found: dict[str, Any], options: argparse.Namespace, bandwidth: float)
                 ms["step"]["wall"],
                 ms["step"]["host"],
                 ratio.get("step, wall"),
+                result["in_a_row_ms"],
                 ms["update"]["device"],
                 floor["update"],
                 ratio.get("update, device"),
@@ -358,8 +366,21 @@ def render(found: dict[str, Any], options: argparse.Namespace, bandwidth: float)
                 gb(result["step_extra_bytes"]),
             ]
         )
-    header = ["ms, median", "step", "wall", "host", "of AdamW", "update", "floor", "of AdamW", "gather", "batches"]
-    header += ["refresh", "floor", f"m = {options.interval}", "m = 100", "state GB", "held GB", "extra GB"]
+    header = ["ms, median", "step", "wall", "host", "of AdamW", "in a row"]
+    header += [
+        "update",
+        "floor",
+        "of AdamW",
+        "gather",
+        "batches",
+        "refresh",
+        "floor",
+        f"m = {options.interval}",
+        "m = 100",
+        "state GB",
+        "held GB",
+        "extra GB",
+    ]
     lines = [
         f"{found['model']}: {found['weights']:,} weights in {found['tensors']} tensors, {options.dtype}, "
         f"{options.device}, copies at {bandwidth / 1e12:.2f} TB/s",

@@ -1,0 +1,360 @@
+"""Finetuning as it is done: forward, backward and step of a transformers model, its time and its peak memory.
+
+Random weights, made on the device in bfloat16, and random tokens: neither moves time or memory.
+
+Example: python benchmarks/finetune_memory.py --model llama-2-7b --batch 1 --checkpointing --json memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import common
+import torch
+from torch import Tensor, nn
+
+import nanoadam
+
+# (model, batch, checkpointing) -> method -> (peak GB, ms per iteration): measured by the project on an H200,
+# sequence 512, torch 2.11, before the kernels were written.
+PEERS_THEN = {
+    ("llama-2-7b", 1, True): {
+        "adamw": (54.0, 181),
+        "sgd": (27.1, 174),
+        "bitsandbytes": (41.0, 383),
+        "torchao": (41.8, 347),
+        "lora": (15.05, 313),
+    },
+    ("llama-2-7b", 8, False): {
+        "adamw": (66.9, 381),
+        "sgd": (40.0, 359),
+        "bitsandbytes": (53.7, 541),
+        "torchao": (53.7, 539),
+        "lora": (52.4, 447),
+    },
+}
+# (model, batch, checkpointing) -> density -> (largest peak GB, largest share of AdamW's time)
+GOALS: dict[tuple[str, int, bool], dict[float, tuple[float, float | None]]] = {
+    ("llama-2-7b", 1, True): {0.01: (15.2, 1.0), 0.1: (19.5, None)},
+    ("llama-2-7b", 8, False): {0.01: (41.0, 0.93)},
+}
+PEERS = ("adamw", "sgd", "lora", "bitsandbytes", "torchao")
+RANK = 32
+
+
+def _llama(**options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(use_cache=False, attn_implementation="sdpa", **options)
+        return LlamaForCausalLM(config)
+
+    return make
+
+
+def _opt() -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    widths = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192}
+    config = OPTConfig(
+        **widths, num_hidden_layers=24, num_attention_heads=32, use_cache=False, attn_implementation="sdpa"
+    )
+    return OPTForCausalLM(config)
+
+
+def _bert(layers: int, hidden: int) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": hidden // 64}
+        config = BertConfig(**sizes, num_hidden_layers=layers, num_labels=2, attn_implementation="sdpa")
+        return BertForSequenceClassification(config)
+
+    return make
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "tiny": _llama(vocab_size=128, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4),
+    "bert-base": _bert(12, 768),
+    "bert-large": _bert(24, 1024),
+    "opt-1.3b": _opt,
+    "llama-3.2-3b": _llama(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "llama-2-7b": _llama(),  # the defaults of LlamaConfig
+}
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype, *, checkpointing: bool) -> nn.Module:
+    """A model whose weights are drawn on the device in their final dtype, so never held twice."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = MODELS[name]()
+    finally:
+        torch.set_default_dtype(before)
+    if checkpointing:  # transformers 5.23 renamed it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.train()
+
+
+def batch_of(model: nn.Module, name: str, size: int, sequence: int, device: torch.device) -> dict[str, Tensor]:
+    """Random tokens; the tokens themselves as labels for language models, classes for the others."""
+    tokens = torch.randint(5, model.config.vocab_size, (size, sequence), device=device)
+    classes = torch.randint(2, (size,), device=device)
+    return {"input_ids": tokens, "labels": classes if name.startswith("bert") else tokens}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to finetune: `adamw`, ..., or `nanoadam` with a density."""
+
+    name: str
+    density: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        name, _, density = text.partition(":")
+        if name == "nanoadam":
+            return cls(name, float(density or 0.01))
+        if name not in PEERS or density:
+            raise ValueError(f"optimizers are {', '.join(PEERS)} and nanoadam:DENSITY; got {text!r}")
+        return cls(name)
+
+    def title(self, options: argparse.Namespace) -> str:
+        if self.density is not None:
+            return f"NanoAdam k = {100 * self.density:g} %"
+        adapters = f"LoRA r = {RANK}, {options.lora_dtype} adapters"
+        names = {"adamw": "AdamW fused", "sgd": "SGD", "bitsandbytes": "bitsandbytes AdamW8bit"}
+        return {**names, "torchao": "torchao AdamW8bit", "lora": adapters}[self.name]
+
+    def prepare(self, model: nn.Module, options: argparse.Namespace) -> nn.Module:
+        """The model to train: with adapters for LoRA."""
+        if self.name != "lora":
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear")
+        adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
+        dtype = common.DTYPES[options.lora_dtype]
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        return adapted
+
+    def optimizer(self, model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+        if self.density is not None:
+            return nanoadam.NanoAdam(
+                nanoadam.param_groups(model),
+                lr=1e-5,
+                density=self.density,
+                mask_interval=options.mask_interval,
+                grad_dtype=common.DTYPES[options.grad_dtype],
+                release_bytes=options.release_bytes,
+            )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.name == "sgd":
+            return torch.optim.SGD(trained, lr=1e-5)
+        if self.name == "bitsandbytes":
+            import bitsandbytes
+
+            return bitsandbytes.optim.AdamW8bit(trained, lr=1e-5, weight_decay=0.01)
+        if self.name == "torchao":
+            from torchao.optim import AdamW8bit
+
+            return AdamW8bit(trained, lr=1e-5, weight_decay=0.01)
+        return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+
+def bytes_of(tensors: Sequence[Tensor | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
+    """Train for some steps and say what that took."""
+    device = torch.device(options.device)
+    common.free(device)
+    common.reset_peak(device)
+    empty = common.allocated(device) or 0
+    model = build(options.model, device, common.DTYPES[options.dtype], checkpointing=options.checkpointing)
+    model = method.prepare(model, options)
+    build_peak, ready = common.peak(device), common.allocated(device)
+    batch = batch_of(model, options.model, options.batch, options.sequence, device)
+    common.reset_peak(device)
+    optimizer = method.optimizer(model, options)
+    parameters = list(model.parameters())
+    is_nano = isinstance(optimizer, nanoadam.NanoAdam)
+    found: dict[str, Any] = {
+        "method": method.title(options),
+        "optimizer": method.name,
+        "density": method.density,
+        "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    }
+    kinds: dict[str, int | None] = {"weights": bytes_of(parameters) + bytes_of(list(model.buffers()))}
+    loss = torch.zeros(())
+
+    def iteration(count_gradients: bool = False) -> None:
+        nonlocal loss
+        loss = model(**batch).loss
+        loss.backward()
+        loss = loss.detach()
+        if count_gradients:
+            kinds["gradients"] = bytes_of([parameter.grad for parameter in parameters])
+            kinds["held"] = optimizer.gradient_bytes() if is_nano else 0
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(options.warmup):
+        iteration()
+    if is_nano:  # once moments are carried, every selected weight has an entry step: the state has its final size
+        common.make_due(optimizer)
+        iteration()
+        common.make_due(optimizer)
+        found["refresh_ms"] = common.wall_ms(optimizer.refresh, device)
+    iteration(count_gradients=True)
+    now = common.allocated(device)
+    kinds["state"] = (
+        common.state_bytes(optimizer) if now is None or ready is None else now - ready - bytes_of([*batch.values()])
+    )
+    warmup_peak = common.peak(device)
+    common.reset_peak(device)
+    times = [common.wall_ms(iteration, device) for _ in range(options.steps)]
+    after_peak = common.peak(device)
+    if after_peak is not None:
+        known = sum(size for size in kinds.values() if size is not None)
+        kinds["rest at peak"] = after_peak - empty - known
+    found["finite"] = math.isfinite(loss.item())
+    found["loss"] = loss.item() if found["finite"] else None
+    found["ms"] = statistics.median(times)
+    found["ms_with_refresh"] = found["ms"] + found.get("refresh_ms", 0.0) / options.mask_interval
+    found["times_ms"] = times
+    found["bytes"] = kinds
+    found["peak_bytes"] = {"building": build_peak, "warm-up": warmup_peak, "after": after_peak}
+    found["peak_bytes"]["training"] = None if after_peak is None else max(after_peak, warmup_peak)
+    return found
+
+
+def render(results: list[dict[str, Any]], skipped: dict[str, str], options: argparse.Namespace) -> str:
+    def gb(size: int | None) -> float | None:
+        return None if size is None else size / common.GB
+
+    case = (options.model, options.batch, options.checkpointing) if options.sequence == 512 else None
+    then, goals = PEERS_THEN.get(case, {}), GOALS.get(case, {})
+    adamw = next((result["ms"] for result in results if result["optimizer"] == "adamw"), None)
+    rows = []
+    for result in results:
+        kinds, peaks = result["bytes"], result["peak_bytes"]
+        noted = "-"
+        if result["optimizer"] in then:
+            noted = "then {} GB, {} ms".format(*then[result["optimizer"]])
+        elif result["density"] in goals:
+            most, share = goals[result["density"]]
+            noted = f"goal {most:g} GB" + ("" if share is None else f", {share:g} of AdamW")
+        rows.append(
+            [
+                result["method"],
+                f"{result['ms']:.1f}",
+                f"{result['ms_with_refresh']:.1f}",
+                None if adamw is None else f"{result['ms_with_refresh'] / adamw:.3f}",
+                result.get("refresh_ms"),
+                *(None if size is None else f"{size / common.GB:.2f}" for size in (peaks["after"], peaks["training"])),
+                *(gb(kinds.get(kind)) for kind in ("weights", "gradients", "held", "state", "rest at peak")),
+                "yes" if result["finite"] else "NO",
+                noted,
+            ]
+        )
+    header = [
+        "",
+        "ms",
+        "with refresh",
+        "of AdamW",
+        "refresh",
+        "peak GB",
+        "with warm-up",
+        "weights",
+        "gradients",
+        "held",
+    ]
+    header += ["state", "rest", "finite", "beside"]
+    lines = [
+        f"{options.model}, {options.dtype}, batch {options.batch} x {options.sequence}, "
+        f"{'with' if options.checkpointing else 'without'} checkpointing, median of {options.steps} iterations",
+        common.table(header, rows),
+        *(f"left out: {name}: {reason}" for name, reason in skipped.items()),
+    ]
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/finetune_memory.py --model llama-2-7b --batch 1 --checkpointing "
+        "--optimizers adamw,nanoadam:0.01,lora --json memory.json",
+    )
+    add = parser.add_argument
+    add("--model", default="tiny", choices=MODELS, help="(default: %(default)s)")
+    add("--batch", type=int, default=1, help="sequences in a batch (default: %(default)s)")
+    add("--sequence", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations")
+    default = "adamw,sgd,lora,bitsandbytes,nanoadam:0.001,nanoadam:0.01,nanoadam:0.1"
+    add("--optimizers", default=default, help=f"of {', '.join(PEERS)}, nanoadam:DENSITY (default: %(default)s)")
+    add("--steps", type=int, default=20, help="timed iterations (default: %(default)s)")
+    add("--warmup", type=int, default=4, help="iterations before them (default: %(default)s)")
+    add("--dtype", default="bfloat16", choices=common.DTYPES, help="of the weights (default: %(default)s)")
+    add("--grad-dtype", default="float32", choices=common.DTYPES, help="of held gradients (default: %(default)s)")
+    add("--lora-dtype", default="bfloat16", choices=common.DTYPES, help="of the adapters (default: %(default)s)")
+    add("--mask-interval", type=int, default=100, help="steps between refreshes (default: %(default)s)")
+    add("--release-bytes", type=int, help="dense gradients that are compacted together (default: NanoAdam's)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--json", metavar="FILE", help='write the results there; "-" for stdout')
+    options = parser.parse_args(arguments)
+    for name in ("batch", "sequence", "steps", "warmup", "mask_interval"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no GPU here: pass --device cpu")
+    return parser, options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser, options = parse(arguments)
+    try:
+        methods = [Method.parse(part) for part in common.names(options.optimizers)]
+    except ValueError as error:
+        parser.error(common.first_line(error))
+    results: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    data: dict[str, Any] = {"benchmark": "finetune_memory", "machine": common.machine(), "settings": vars(options)}
+    data |= {"results": results, "skipped": skipped}
+    for method in methods:
+        title = method.title(options)
+        common.progress(title)
+        try:
+            results.append(run(method, options))
+        except Exception as error:  # a peer that does not work here shall not take the others along
+            if method.name not in ("lora", "bitsandbytes", "torchao") and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            skipped[title] = common.first_line(error)
+            common.progress(f"{title} left out: {skipped[title]}")
+        common.free(torch.device(options.device))
+        common.save(options.json, data, finished=method == methods[-1])
+    common.show(options.json, render(results, skipped, options))
+
+
+if __name__ == "__main__":
+    main()

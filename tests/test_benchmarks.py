@@ -1,0 +1,161 @@
+"""The benchmarks run on tiny shapes and write what their README says; nothing here looks at a time."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanoadam
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(program, *arguments):
+    source = str(Path(nanoadam.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    command = [sys.executable, str(FOLDER / f"{program}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110)
+
+
+def results(program, *arguments):
+    done = run(program, *arguments, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["benchmark"] == program
+    assert data["machine"]["versions"]["torch"] == torch.__version__
+    assert data["machine"]["date"]
+    return data
+
+
+shapes = load("shapes")
+
+COUNTS = {
+    "minilm": 22_713_216,
+    "bert-base": 109_482_240,
+    "bert-large": 335_141_888,
+    "opt-1.3b": 1_315_758_080,
+    "vit-large": 304_326_632,
+    "resnet-101": 44_549_160,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-2-7b": 6_738_415_616,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_shapes_add_up_to_the_published_count(name):
+    assert shapes.count(shapes.MODELS[name]()) == COUNTS[name]
+
+
+def transformers_model(name):
+    t = pytest.importorskip("transformers")
+    large = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+    small = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    wide = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192}
+    llama3 = {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 128256}
+    heads = {"num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    makers = {
+        "minilm": lambda: t.BertModel(t.BertConfig(**small)),
+        "bert-base": lambda: t.BertModel(t.BertConfig()),
+        "bert-large": lambda: t.BertModel(t.BertConfig(**large)),
+        "opt-1.3b": lambda: t.OPTForCausalLM(t.OPTConfig(**wide, num_hidden_layers=24, num_attention_heads=32)),
+        "vit-large": lambda: t.ViTForImageClassification(t.ViTConfig(**large, num_labels=1000)),
+        "resnet-101": lambda: t.ResNetForImageClassification(t.ResNetConfig(depths=[3, 4, 23, 3], num_labels=1000)),
+        "llama-3.2-3b": lambda: t.LlamaForCausalLM(t.LlamaConfig(**llama3, **heads)),
+        "llama-2-7b": lambda: t.LlamaForCausalLM(t.LlamaConfig()),
+    }
+    with torch.device("meta"):
+        return makers[name]()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_shapes_are_those_of_transformers_and_dense_ones_those_of_param_groups(name):
+    model = transformers_model(name)
+    found = Counter(
+        (tuple(parameter.shape), group["dense"])
+        for group in nanoadam.param_groups(model)
+        for parameter in group["params"]
+    )
+    assert Counter((parameter.shape, parameter.dense) for parameter in shapes.MODELS[name]()) == found
+
+
+def test_cpu_step_measures_parts_of_every_method():
+    data = results("cpu_step", "--model", "tiny", "--repeats", "1", "--threads", "1", "--densities", "0.01,0.1")
+    assert [result["method"] for result in data["results"]] == [
+        "AdamW foreach",
+        "AdamW fused",
+        "NanoAdam k = 1 %",
+        "NanoAdam k = 10 %",
+    ]
+    for result in data["results"][2:]:
+        assert set(result["ms"]) == {"step", "gather", "update", "refresh"}
+        whole = result["ms"]["step"] + result["ms"]["refresh"] / data["settings"]["interval"]
+        assert math.isclose(result["per_step_ms"], whole)
+    assert data["weights"] == 107_328
+
+
+def test_step_measures_peers_and_nanoadam_on_the_same_tensors():
+    few = ["--model", "tiny", "--device", "cpu", "--repeats", "1", "--warmup", "1", "--densities", "0.1"]
+    data = results("step", *few, "--peers", "adamw,sgd", "--launches")
+    [found] = data["models"]
+    adamw, sgd, nano = found["results"]
+    assert not found["skipped"]
+    assert adamw["state_bytes"] == 2 * 2 * 107_328 + 4 * 21  # two bfloat16 moments and a step count a tensor
+    assert sgd["state_bytes"] == 0
+    assert set(nano["ms"]) == {"step", "update", "gather", "gather_in_batches", "refresh"}
+    assert nano["held_bytes"] == 4 * nanoadam_selected(0.1)
+    assert 0 < nano["stayed_selected"] <= 1
+    assert data["copy_bytes_per_second"] > 0
+
+
+def nanoadam_selected(density):
+    cut = nanoadam.chunks.layout
+    return sum(cut(shape, density).selected for _, shape, dense in shapes.MODELS["tiny"]() if not dense)
+
+
+@pytest.mark.parametrize("checkpointing", ["--checkpointing", "--no-checkpointing"])
+def test_finetune_memory_trains_with_every_kind_of_method(checkpointing):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    few = ["--device", "cpu", "--sequence", "16", "--steps", "1", "--warmup", "1", checkpointing]
+    data = results("finetune_memory", *few, "--optimizers", "adamw,sgd,lora,nanoadam:0.1")
+    assert [result["optimizer"] for result in data["results"]] == ["adamw", "sgd", "lora", "nanoadam"]
+    assert all(result["finite"] for result in data["results"])
+    nano = data["results"][-1]
+    assert nano["bytes"]["held"] > 0
+    assert nano["bytes"]["gradients"] < data["results"][0]["bytes"]["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "sentence"),
+    [
+        ("step", ["--model", "bert-huge"], "unknown 'bert-huge': see --help for the names"),
+        ("cpu_step", ["--model", "tiny", "--densities", "many"], "--densities must be numbers"),
+        ("finetune_memory", ["--optimizers", "adam"], "optimizers are adamw, sgd, lora"),
+    ],
+)
+def test_bad_input_gives_one_sentence(program, arguments, sentence):
+    done = run(program, *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ["cpu_step", "step", "finetune_memory"])
+def test_help_has_an_example(program):
+    done = run(program, "--help")
+    assert done.returncode == 0
+    assert f"example: python benchmarks/{program}.py" in " ".join(done.stdout.split())
