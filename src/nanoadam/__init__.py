@@ -4,6 +4,7 @@ from nanoadam import memory
 from nanoadam.groups import describe, param_groups
 from nanoadam.optimizer import NanoAdam
 from nanoadam.schedules import constant, cosine, linear, recommended_intervals
+from nanoadam.trainer import for_trainer
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,7 @@ __all__ = [
     "constant",
     "cosine",
     "describe",
+    "for_trainer",
     "linear",
     "memory",
     "param_groups",

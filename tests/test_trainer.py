@@ -1,0 +1,291 @@
+"""NanoAdam under transformers' Trainer: the same numbers as in a plain loop, and nothing clipped by mistake."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from accelerate.utils import AutocastKwargs
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import nanoadam
+import tiny
+from nanoadam import callback
+from nanoadam.callback import NanoAdamCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+OPTIONS = {"lr": 1e-2, "density": 0.25, "mask_interval": 3, "seed": 1}
+
+
+def rows(count: int = 24) -> list[dict[str, object]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_ids": torch.randint(4, 24, (6,), generator=generator),
+            "attention_mask": torch.ones(6, dtype=torch.long),
+            "labels": i % 2,
+        }
+        for i in range(count)
+    ]
+
+
+def arguments(folder: Path, **more: object) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 1, "save_strategy": "no", "seed": 3,
+    }  # fmt: skip
+    return TrainingArguments(**{**settings, **more})
+
+
+def trainer(folder: Path, model=None, options=OPTIONS, callbacks=None, **more: object) -> Trainer:
+    model = model or tiny.bert()
+    return Trainer(
+        model,
+        arguments(folder, **more),
+        train_dataset=rows(),
+        optimizer_cls_and_kwargs=nanoadam.for_trainer(model, **options),
+        callbacks=[NanoAdamCallback()] if callbacks is None else callbacks,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(a, b) -> None:
+    for name, value in weights(a).items():
+        assert torch.equal(value, weights(b)[name]), name
+
+
+def test_the_groups_are_those_of_param_groups(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    roles = [group["role"] for group in callback.unwrap(run.optimizer).param_groups]
+    assert roles == [group["role"] for group in nanoadam.param_groups(run.model)]
+    assert "head" in roles
+
+
+def test_the_learning_rate_is_the_one_given_here(tmp_path: Path) -> None:
+    run = trainer(tmp_path, lr_scheduler_type="constant", learning_rate=7.0)
+    run.train()
+    assert run.state.log_history[0]["learning_rate"] == OPTIONS["lr"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_trainer_does_what_a_plain_loop_does(tmp_path: Path, accumulate: int, autocast: bool) -> None:
+    """Its own zero_grad is the model's, which cannot know of held gradients; its batches are known from the log."""
+    model = tiny.bert(dropout=0.0)
+    twin = copy.deepcopy(model)
+    seen: list[dict[str, torch.Tensor]] = []
+    run = trainer(
+        tmp_path,
+        model,
+        gradient_accumulation_steps=accumulate,
+        lr_scheduler_type="constant",
+        bf16=autocast,
+        max_steps=5,
+    )
+    run.model_accepts_loss_kwargs = False  # BERT takes what the Trainer passes, and then does not divide by it
+    whole = run.training_step
+
+    def training_step(model, inputs, count=None):
+        seen.append({key: value.clone() for key, value in inputs.items()})
+        return whole(model, inputs, count)
+
+    run.training_step = training_step
+    run.train()
+
+    optimizer = nanoadam.NanoAdam(nanoadam.param_groups(twin), **OPTIONS)
+    groups = [seen[i : i + accumulate] for i in range(0, len(seen), accumulate)]
+    twin.train()
+    for batches in groups:
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = twin(**batch).loss
+            (loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(model, twin)
+
+
+def test_max_grad_norm_of_the_optimizer_clips_like_torch_on_dense_gradients(tmp_path: Path) -> None:
+    released = trainer(tmp_path / "a", options={**OPTIONS, "density": 1.0, "max_grad_norm": 0.05})
+    released.train()
+    clipped = trainer(
+        tmp_path / "b", options={**OPTIONS, "gradient_release": False, "density": 1.0}, max_grad_norm=0.05
+    )
+    clipped.train()
+    for name, value in weights(released.model).items():
+        torch.testing.assert_close(value, weights(clipped.model)[name], rtol=1e-3, atol=1e-4)
+
+
+def scale_loss(run: Trainer, scale: float, monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """The path of fp16, which accelerate opens on GPUs only, without autocast."""
+    accelerator = run.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-117)
+    accelerator.native_amp = True
+    accelerator.autocast_handler = AutocastKwargs(enabled=False)
+    monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+    return accelerator.scaler
+
+
+def test_loss_scaling_by_a_power_of_two_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "max_grad_norm": 0.3}
+    plain = trainer(tmp_path / "plain", options=options)
+    plain.train()
+    scaled = trainer(tmp_path / "scaled", options=options)  # which seeds dropout anew
+    scale_loss(scaled, 2.0**10, monkeypatch)
+    scaled.train()
+    norms = [[line["grad_norm"] for line in run.state.log_history if "loss" in line] for run in (plain, scaled)]
+    assert norms[0] == norms[1]
+    assert_same(plain.model, scaled.model)
+
+
+def test_a_step_that_overflows_is_skipped_and_the_scale_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, max_steps=1, callbacks=[])
+    scaler = scale_loss(run, 2.0**127, monkeypatch)
+    for layer in run.model.modules():
+        if isinstance(layer, torch.nn.LayerNorm):
+            layer.weight.data.mul_(100.0)
+    before = weights(run.model)
+    run.train()
+    assert scaler.get_scale() == 2.0**10
+    assert all(torch.equal(value, before[name]) for name, value in weights(run.model).items())
+
+
+def test_the_trainers_own_clipping_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_grad_norm=1.0)
+    before = weights(run.model)
+    with pytest.raises(ValueError, match=r"set max_grad_norm=0 there and clip with NanoAdam\(max_grad_norm=1\)"):
+        run.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(run.model).items())
+
+
+def test_the_trainers_own_clipping_is_right_without_release(tmp_path: Path) -> None:
+    trainer(tmp_path, options={**OPTIONS, "gradient_release": False}, max_grad_norm=1.0).train()
+
+
+def test_the_logged_norm_is_that_of_all_gradients(tmp_path: Path) -> None:
+    runs = []
+    for release in (True, False):
+        # At density 1 what is held is the whole gradient, so the Trainer's own norm of dense ones must agree.
+        run = trainer(tmp_path, options={**OPTIONS, "density": 1.0, "gradient_release": release}, max_steps=1)
+        run.train()
+        runs.append(run.state.log_history[0]["grad_norm"])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_the_log_tells_density_touched_share_and_memory(tmp_path: Path) -> None:
+    schedule = nanoadam.linear(0.5, 0.1, total_steps=6, interval=2)
+    run = trainer(tmp_path, options={**OPTIONS, "density": schedule})
+    run.train()
+    lines = [line for line in run.state.log_history if "loss" in line]
+    assert [line["density"] for line in lines] == [schedule(step) for step in range(6)]
+    touched = [line["touched"] for line in lines]
+    assert touched[0] == pytest.approx(0.5, abs=0.01)
+    assert touched == sorted(touched)
+    inner = callback.unwrap(run.optimizer)
+    assert lines[-1]["memory_state"] == inner.state_bytes()
+    assert lines[-1]["memory_weights"] >= sum(p.nbytes for p in run.model.parameters())
+    dense = sum(p.nbytes for g in inner.param_groups if g["dense"] for p in g["params"])
+    assert lines[-1]["memory_gradients"] > dense
+
+
+def test_the_touched_share_is_the_share_of_weights_that_moved(tmp_path: Path) -> None:
+    model = tiny.bert()
+    before = weights(model)
+    run = trainer(tmp_path, model, lr_scheduler_type="constant")
+    run.train()
+    names = [n for g in nanoadam.param_groups(model) if not g["dense"] for n in g["param_names"]]
+    after = weights(model)
+    moved = sum((after[n] != before[n]).sum().item() for n in names) / sum(before[n].numel() for n in names)
+    touched = run.state.log_history[-2]["touched"]
+    assert moved <= touched <= moved + 0.15  # embeddings of words that never came are selected, yet have no gradient
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path: Path, at: int) -> None:
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=at, max_steps=9)
+    whole.train()
+    checkpoint = tmp_path / "again" / f"checkpoint-{at}"
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{at}", checkpoint)
+    again = trainer(tmp_path / "again", max_steps=9)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(whole.model, again.model)
+    timeless = [
+        [{k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k and k != "train_loss"}
+         for line in run.state.log_history] for run in (whole, again)
+    ]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_several_optimizers_may_not_be_made_from_one_call(tmp_path: Path) -> None:
+    model = tiny.bert()
+    made = nanoadam.for_trainer(model, **OPTIONS)
+    for attempt in range(2):
+        run = Trainer(
+            model, arguments(tmp_path, max_steps=1), train_dataset=rows(),
+            optimizer_cls_and_kwargs=made, callbacks=[NanoAdamCallback()],
+        )  # fmt: skip
+        if attempt:
+            with pytest.raises(ValueError, match="call nanoadam.for_trainer anew for each Trainer"):
+                run.train()
+        else:
+            run.train()
+
+
+def test_another_models_optimizer_is_refused(tmp_path: Path) -> None:
+    run = Trainer(
+        tiny.bert(), arguments(tmp_path), train_dataset=rows(),
+        optimizer_cls_and_kwargs=nanoadam.for_trainer(tiny.bert(), **OPTIONS), callbacks=[NanoAdamCallback()],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="not the Trainer's model's"):
+        run.train()
+
+
+def test_the_callback_refuses_another_optimizer(tmp_path: Path) -> None:
+    run = Trainer(tiny.bert(), arguments(tmp_path), train_dataset=rows(), callbacks=[NanoAdamCallback()])
+    with pytest.raises(ValueError, match=r"watches a NanoAdam, but this Trainer has AdamW"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"density": 2.0}, ValueError, "density must be in"),
+        ({"densty": 0.1}, TypeError, "no option 'densty'"),
+        ({"lr": -1.0}, ValueError, "lr must be"),
+        ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be positive"),
+    ],
+)
+def test_a_bad_option_is_refused_at_once(options: dict[str, object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        nanoadam.for_trainer(tiny.bert(), **options)
+
+
+def test_gradients_are_gone_when_the_trainer_looks_at_them(tmp_path: Path) -> None:
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: object, model=None, optimizer=None, **__: object) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    released = not group["dense"] and parameter.dim() > 1
+                    assert (parameter.grad is None) == released
+            looked.append(True)
+
+    looked: list[bool] = []
+    trainer(tmp_path, callbacks=[NanoAdamCallback(), Look()]).train()
+    assert len(looked) == 6
+
+
+def test_packed_bits_count_what_a_mask_counts() -> None:
+    mask = torch.rand(5, 7) < 0.4
+    assert callback._ones(callback._pack(mask)) == int(mask.sum())
