@@ -142,9 +142,10 @@ def demo(
     for module in EXTRAS:  # what is missing must be said before the work, not after it
         importlib.import_module(module)
     from nanoadam.lab import demo as lab
+    from nanoadam.lab import runs
 
     out = out or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    lab.prepare_folder(out)
+    runs.prepare_folder(out)
     with _progress() as bar:
         task = bar.add_task("starting", total=None)
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from nanoadam.lab import demo, plots
+from nanoadam.lab import demo, plots, runs
 
 SMALL = demo.Settings(
     seeds=(0, 1),
@@ -171,7 +171,7 @@ def test_a_used_folder_is_refused_and_left_alone(folder: Path, result: demo.Demo
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(FileExistsError, match="is a file"):
-        demo.prepare_folder(tmp_path / "taken")
+        runs.prepare_folder(tmp_path / "taken")
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space left"):
-        demo._write(tmp_path / "file", "text")
+        runs.write(tmp_path / "file", "text")
     assert list(tmp_path.iterdir()) == []
 
 

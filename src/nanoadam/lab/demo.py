@@ -18,14 +18,9 @@ import datetime
 import hashlib
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nanoadam
+from nanoadam.lab import runs
 
-__all__ = ["METRICS", "Demo", "Outcome", "Settings", "prepare_folder", "run", "write_folder"]
+__all__ = ["METRICS", "Demo", "Outcome", "Settings", "run", "write_folder"]
 
 CHOICE = "best mean accuracy on the validation split of task 2; if level, the lower validation loss"
 
@@ -350,19 +346,6 @@ def _spread(outcomes: Sequence[Outcome], key: str) -> dict[str, float | None]:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def prepare_folder(out: Path) -> None:
-    """Make the run folder, or refuse one that holds anything.
-
-    Raises:
-        FileExistsError: `out` is a file or holds files: a run never overwrites another.
-    """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"the out folder {out} is a file: choose another name with --out")
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"the out folder {out} is not empty: choose another one with --out, or delete it first")
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def write_folder(demo: Demo, out: Path) -> None:
     """Write config, metrics, plots and report, and last the manifest: where it is, the folder is complete.
 
@@ -373,17 +356,19 @@ def write_folder(demo: Demo, out: Path) -> None:
 
     from nanoadam.lab import plots
 
-    prepare_folder(out)
+    runs.prepare_folder(out)
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(demo.settings).items()}
-    _write(out / "config.toml", tomli_w.dumps({"demo": config}))
-    _write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in _lines(demo)))
+    runs.write(out / "config.toml", tomli_w.dumps({"demo": config}))
+    runs.write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in _lines(demo)))
     figures = plots.figures(demo)
     for name, images in figures.items():
         for suffix, content in images.items():
-            _write(out / f"{name}.{suffix}", content)
+            runs.write(out / f"{name}.{suffix}", content)
     manifest = _manifest(demo)
-    _write(out / "report.html", plots.report(demo, manifest, {name: images["svg"] for name, images in figures.items()}))
-    _write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    runs.write(
+        out / "report.html", plots.report(demo, manifest, {name: images["svg"] for name, images in figures.items()})
+    )
+    runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def _lines(demo: Demo) -> Iterator[dict[str, Any]]:
@@ -400,25 +385,14 @@ def _manifest(demo: Demo) -> dict[str, Any]:
     return {
         "command": "nanoadam demo",
         "kind": "experiment: catastrophic forgetting, two tasks in sequence, real data",
-        "pseudocode": "Zhou et al. 2025 (arXiv 2506.21374), Algorithm 1; in the code: nanoadam.optimizer.NanoAdam.step",
+        "pseudocode": runs.PSEUDOCODE,
         "started": demo.started,
         "seconds": round(demo.seconds, 1),
-        "code": {"version": nanoadam.__version__, "commit": _commit()},
+        **runs.environment(device="cpu", threads=1),
         "data": {
             "name": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, test part)",
             "sha256": demo.data_sha256,
             "splits": "per task 60 / 20 / 20 % train / validation / test, stratified, drawn anew for each seed",
-        },
-        "hardware": {
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "cores": os.cpu_count(),
-            "threads": 1,
-            "device": "cpu",
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{d.name: d.version for d in sorted(metadata.distributions(), key=lambda d: d.name.lower())},
         },
         "settings": dataclasses.asdict(demo.settings),
         "seeds": list(demo.settings.seeds),
@@ -426,35 +400,3 @@ def _manifest(demo: Demo) -> dict[str, Any]:
         "chosen_learning_rates": demo.chosen,
         "results": demo.table(),
     }
-
-
-def _commit() -> str | None:
-    """The commit this code is from; None outside a checkout, with "+changes" where files differ from it."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # an installed copy may lie in somebody else's repository
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """All of it or nothing: a killed run leaves no half-written file under the final name."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

@@ -1,0 +1,136 @@
+"""Run folders: made once, written all or nothing, with a manifest that says what ran where."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nanoadam
+
+PSEUDOCODE = "Zhou et al. 2025 (arXiv 2506.21374), Algorithm 1; in the code: nanoadam.optimizer.NanoAdam.step"
+
+
+class RunError(ValueError):
+    """A run cannot go on: one sentence that says why and what to do. The folder is as whole as it was."""
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the run folder, or refuse one that holds anything.
+
+    Raises:
+        FileExistsError: `out` is a file or holds files: a run never overwrites another.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"the out folder {out} is a file: choose another name with --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"the out folder {out} is not empty: choose another one with --out, or delete it first")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """All of it or nothing: a killed run leaves no half-written file under the final name."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its final name when it is complete and on the disk, or not at all."""
+    staging = final.parent / f".{final.name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in staging.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """One line of JSON at the end of a file, in one write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last one that was cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def environment(**hardware: Any) -> dict[str, Any]:
+    """Code version, hardware (and what else is to be said of it) and the exact version of everything installed."""
+    accelerator = None
+    if torch.cuda.is_available():
+        accelerator = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "code": {"version": nanoadam.__version__, "commit": commit()},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerators": accelerator,
+            **hardware,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{d.name: d.version for d in sorted(metadata.distributions(), key=lambda d: d.name.lower())},
+        },
+    }
+
+
+def commit() -> str | None:
+    """The commit this code is from; None outside a checkout, with "+changes" where files differ from it."""
+    here = Path(nanoadam.__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie in somebody else's repository
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a message says after an unknown name: the nearest known one, then all of them if they are few."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 12 else hint
