@@ -193,7 +193,7 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
     empty = common.allocated(device) or 0
     model = build(options.model, device, common.DTYPES[options.dtype], checkpointing=options.checkpointing)
     model = method.prepare(model, options)
-    build_peak, ready = common.peak(device), common.allocated(device)
+    build_peak = common.peak(device)
     batch = batch_of(model, options.model, options.batch, options.sequence, device)
     common.reset_peak(device)
     optimizer = method.optimizer(model, options)
@@ -227,10 +227,8 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
         common.make_due(optimizer)
         found["refresh_ms"] = common.wall_ms(optimizer.refresh, device)
     iteration(count_gradients=True)
-    now = common.allocated(device)
-    kinds["state"] = (
-        common.state_bytes(optimizer) if now is None or ready is None else now - ready - bytes_of([*batch.values()])
-    )
+    kinds["state"] = common.state_bytes(optimizer)
+    between = common.allocated(device)
     warmup_peak = common.peak(device)
     common.reset_peak(device)
     times = [common.wall_ms(iteration, device) for _ in range(options.steps)]
@@ -245,6 +243,7 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
     found["times_ms"] = times
     found["bytes"] = kinds
     found["peak_bytes"] = {"building": build_peak, "warm-up": warmup_peak, "after": after_peak}
+    found["bytes_between_iterations"] = None if between is None else between - empty
     found["peak_bytes"]["training"] = None if after_peak is None else max(after_peak, warmup_peak)
     return found
 
