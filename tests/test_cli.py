@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 import nanoadam
 from nanoadam import cli, memory
 
-COMMANDS = ["demo", "memory"]
+COMMANDS = ["demo", "finetune", "memory"]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ def tokenizer(chat: bool = False):
         )
     made = PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        eos_token="[SEP]", model_max_length=32,
+        eos_token="[SEP]", model_max_length=32, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
     if chat:
         made.chat_template = (

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
+import inspect
 import json
+import logging
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import nanoadam
 from nanoadam import memory as costs
+from nanoadam.lab.config import FIELDS, Config, read
 
 try:
     import typer
     from rich import box
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
 except ModuleNotFoundError as missing:
     if missing.name not in {"typer", "rich"}:
@@ -30,8 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# Which extra brings a module that the demo wants.
+# Which extra brings a module that a command wants.
 EXTRAS = dict.fromkeys(("sklearn", "matplotlib", "numpy", "tomli_w"), "demo")
+LAB_EXTRAS = dict.fromkeys(("transformers", "datasets", "accelerate", "scipy"), "lab")
 
 app = typer.Typer(
     name="nanoadam",
@@ -62,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None:  # raised by this library, with the remedy
             return _refuse(str(error))
         module = error.name.partition(".")[0]
-        if module not in EXTRAS or not isinstance(error, ModuleNotFoundError):
+        extras = EXTRAS | LAB_EXTRAS
+        if module not in extras or not isinstance(error, ModuleNotFoundError):
             raise
-        return _refuse(f"this command needs {module}, which is not installed: pip install 'nanoadam[{EXTRAS[module]}]'")
+        return _refuse(f"this command needs {module}, which is not installed: pip install 'nanoadam[{extras[module]}]'")
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     except Exception as error:
@@ -177,6 +191,127 @@ def _print_demo(result: Demo, out: Path) -> None:
     seeds = len(result.settings.seeds)
     console.print(f"{seeds} seed{'s: mean ± standard deviation' if seeds > 1 else ''}; {result.seconds:.0f} s")
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every key of a config; it gets those that were given as `keys`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "keys"]
+    hints = typing.get_type_hints(Config)
+    options = []
+    for field in FIELDS.values():
+        several = typing.get_origin(hints[field.name]) is tuple
+        words = field.metadata["help"] + (" Separated by commas." if several else "")
+        choices = f" [{'|'.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
+        about = typer.Option(
+            help=words + choices,
+            show_default=str(field.default) if field.default not in (None, "", ()) else False,
+            rich_help_panel=field.metadata["section"].capitalize(),
+        )
+        kind: Any = Annotated[(str if several else hints[field.name]) | None, about]
+        options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+
+    def with_keys(**given: Any) -> None:
+        mine = {parameter.name: given.pop(parameter.name) for parameter in own}
+        keys = {name: value for name, value in given.items() if value is not None}
+        if "columns" in keys:
+            keys["columns"] = tuple(name.strip() for name in keys["columns"].split(","))
+        command(**mine, keys=keys)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    with_keys.__name__, with_keys.__doc__ = command.__name__, command.__doc__
+    with_keys.__signature__ = inspect.Signature([*parameters, *options])  # type: ignore[attr-defined]
+    with_keys.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *options)}
+    return with_keys
+
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(help="TOML file with keys; options win over it.", show_default=False)
+]
+
+
+@app.command(
+    epilog="Example: nanoadam finetune --model bert-base-uncased --train train.jsonl --validation dev.jsonl "
+    "--density 0.1 --density-end 0.04 --out runs/first"
+)
+@_config_options
+def finetune(
+    config: ConfigFile = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; must be new or empty.", show_default="runs/finetune-TIME")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on from the last checkpoint of this run folder.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    keys: dict[str, Any] | None = None,
+) -> None:
+    """Finetune a model on your data: a run folder with config, manifest, metrics, report and model.
+
+    Every option can stand in a TOML file instead, under its name with underscores.
+    """
+    if resume is not None and (keys or config or out):
+        given = "a config file" if config else "--out" if out else f"--{next(iter(keys or ())).replace('_', '-')}"
+        raise ValueError(f"--resume goes on with the run's own config: leave out {given}")
+    settings = None if resume is not None else Config(**{**(read(config) if config else {}), **(keys or {})})
+    for module in EXTRAS | LAB_EXTRAS:
+        importlib.import_module(module)
+    _quiet()
+    from nanoadam.lab import finetune as lab
+
+    folder = resume or out or Path("runs") / f"finetune-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    with _training_progress() as tell:
+        results = lab.resume(folder, tell) if settings is None else lab.run(settings, folder, tell)
+    if as_json:
+        print(json.dumps({"out": str(folder), **results}))
+        return
+    from nanoadam.lab.plots import size
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in results["final"].items():
+        table.add_row(f"validation {name}", f"{value:.4g}")
+    for kind, count in results["memory"].items():
+        table.add_row(f"memory: {kind}", size(count))
+    table.add_row("time per step", f"{results['seconds_per_step']:.3g} s")
+    table.add_row("weights moved", f"{100 * results['touched']:.2f} %")
+    console = _console()
+    console.print(table)
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _quiet() -> None:
+    """What a run has to say it says itself, and errors as one sentence."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+@contextlib.contextmanager
+def _training_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar on stderr with steps, loss, memory and time left, and nothing where that is no terminal."""
+    from nanoadam.lab.plots import size
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading model and data", total=None)
+
+        def tell(line: dict[str, Any]) -> None:
+            bar.update(task, completed=line["step"], total=line["total"])
+            if "loss" in line:
+                memory = line["memory"].get("peak") or sum(line["memory"].values())
+                bar.update(task, description=f"loss {line['loss']:.4g}, {size(memory)}")
+
+        yield tell
 
 
 def _console() -> Console:

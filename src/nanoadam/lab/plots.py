@@ -16,7 +16,7 @@ import nanoadam
 if TYPE_CHECKING:
     from nanoadam.lab.demo import Demo
 
-__all__ = ["cell", "figures", "report", "size"]
+__all__ = ["cell", "figures", "inline", "report", "size"]
 
 
 def size(count: float) -> str:
@@ -146,7 +146,7 @@ def report(demo: Demo, manifest: dict[str, Any], svgs: dict[str, bytes]) -> str:
         "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in line) + "</tr>"
         for tag, line in zip(tags, lines, strict=True)
     )
-    drawings = "".join(f"<figure>{_inline(svg)}</figure>" for svg in svgs.values())
+    drawings = "".join(f"<figure>{inline(svg)}</figure>" for svg in svgs.values())
     return _PAGE.substitute(
         weights=f"{sum(p.numel() for p in Digits(demo.settings.hidden).parameters()):,}",
         seeds=", ".join(map(str, demo.settings.seeds)),
@@ -160,7 +160,7 @@ def report(demo: Demo, manifest: dict[str, Any], svgs: dict[str, bytes]) -> str:
     )
 
 
-def _inline(svg: bytes) -> str:
+def inline(svg: bytes) -> str:
     """Without the XML prologue, which has no place inside HTML."""
     text = svg.decode()
     return text[text.index("<svg") :]

@@ -63,16 +63,20 @@ def whole_folder(final: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in staging.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(staging, final)
-    except BaseException:
+        publish(staging, final)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Give a complete folder its final name, once all of it is on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(folder, final)
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -1,0 +1,348 @@
+"""One finetuning run over transformers' Trainer: its folder, its checkpoints, and going on from one bit for bit.
+
+The folder holds `config.toml` (complete: it reruns the run), `manifest.json`, `metrics.jsonl`, `report.html`,
+`checkpoints/` while it runs and `model/` at the end. Nothing is ever half there: each file and each checkpoint
+takes its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
+from nanoadam.lab import config as configs
+from nanoadam.lab import data, optimizers, report, runs, tasks
+from nanoadam.lab.config import Config
+from nanoadam.lab.runs import RunError
+
+CURE = "Try a lower learning rate, warm-up or max_grad_norm"
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with the newest of: step, total, loss, metric, memory."""
+
+
+@dataclasses.dataclass
+class Job:
+    """A config with its data and its model: what a run starts from."""
+
+    config: Config
+    task: tasks.Task
+    plan: optimizers.Plan
+    optimizer: optimizers.Made
+    sources: dict[str, Any]
+
+
+def prepare(config: Config) -> Job:
+    """Read data and model; everything random comes from the config's seed.
+
+    Raises:
+        ValueError: for whatever a config can get wrong, in one sentence.
+    """
+    recipe = optimizers.recipe(config.optimizer)
+    train, validation = data.load(config)
+    set_seed(config.seed)
+    task = tasks.make(config, train, validation)
+    per_epoch = max(1, math.ceil(math.ceil(len(task.train) / config.batch_size) / config.accumulate))
+    total = config.max_steps or math.ceil(config.epochs * per_epoch)
+    if total < 1:
+        raise ValueError(f"epochs {config.epochs:g} is not a single step: give more epochs, or max_steps")
+    sources = {"train": train.source, "validation": validation.source, "read_as": task.description}
+    plan = optimizers.Plan(total, per_epoch)
+    return Job(config, task, plan, recipe.make(task.model, config, plan), sources)
+
+
+def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Finetune, and write a run folder.
+
+    Args:
+        config: what to do.
+        out: the folder; new or empty.
+        progress: told about every line of metrics.
+
+    Returns:
+        The results that stand in the manifest.
+
+    Raises:
+        FileExistsError: `out` is a file or holds files.
+        ValueError: for whatever a config can get wrong, before `out` holds anything.
+        RunError: if the loss or a weight is no longer finite, or the disk is full; the last checkpoint is whole.
+    """
+    config = config.resolved()
+    if out.exists():
+        runs.prepare_folder(out)
+    job = prepare(config)
+    runs.prepare_folder(out)
+    runs.write(out / "config.toml", config.to_toml())
+    return _run(job, out, None, progress)
+
+
+def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Go on from the last checkpoint of a run folder; on a CPU bit for bit as if it had never stopped.
+
+    Raises:
+        ValueError: if `out` is no run folder, its run is finished, or its data is not what it was.
+        RunError: as in `run`.
+    """
+    if not (out / "config.toml").is_file():
+        raise ValueError(f"{out} is no run folder: it holds no config.toml")
+    manifest = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").is_file() else {}
+    if manifest.get("results"):
+        raise ValueError(f"the run in {out} is finished: its results are in manifest.json, its model in model/")
+    job = prepare(Config(**configs.read(out / "config.toml")))
+    for split in ("train", "validation"):
+        before, now = (s.get(split, {}).get("sha256_of_rows") for s in (manifest.get("data", {}), job.sources))
+        if before not in (None, now):
+            raise ValueError(f"the {split} data is not what it was when {out} began: a resumed run would be neither")
+    return _run(job, out, last_checkpoint(out / "checkpoints"), progress)
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint in a folder."""
+    last: Any = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
+    return None if last is None else Path(last)
+
+
+def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None) -> dict[str, Any]:
+    config, model = job.config, job.task.model
+    before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    metrics = _Metrics(out / "metrics.jsonl", checkpoint, progress)
+    trainer = _trainer(job, out, metrics)
+    manifest = {**_manifest(job, trainer), "started": _now(), "results": None}
+    runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if checkpoint is not None and _step(checkpoint) >= job.plan.total_steps:
+        trainer._load_from_checkpoint(str(checkpoint))  # killed after its last step: there is nothing left to train
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    lines = runs.read_lines(out / "metrics.jsonl")
+    trained = [line for line in lines if line["event"] == "train"]
+    seconds = sorted(line["seconds_per_step"] for line in trained[1:] or trained)  # the first step warms up
+    results = {
+        "metric": job.task.metric,
+        "higher_is_better": job.task.higher_is_better,
+        "steps": job.plan.total_steps,
+        "final": next(line["metrics"] for line in reversed(lines) if line["event"] == "evaluation"),
+        **distance(model, before),
+        "memory": {kind: max(line["memory"][kind] for line in trained) for kind in trained[-1]["memory"]},
+        "seconds_per_step": seconds[len(seconds) // 2],
+    }
+    with runs.whole_folder(out / "model") as folder:
+        model.save_pretrained(str(folder))
+        job.task.processor.save_pretrained(str(folder))
+    manifest = {**manifest, "results": results, "finished": _now()}
+    runs.write(out / "report.html", report.page(config, manifest, lines))
+    runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return results
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def distance(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
+    """How far from where it began: share of the trained weights whose bits differ, and the l2 norm of the change."""
+    changed, total, square = 0, 0, 0.0
+    for name, parameter in model.named_parameters():
+        if name in before:
+            now, then = parameter.detach().cpu(), before[name]
+            changed += int((now != then).sum())
+            total += now.numel()
+            square += float((now.double() - then.double()).square().sum())
+    return {"touched": changed / max(1, total), "l2_moved": math.sqrt(square)}
+
+
+def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
+    config, task, plan = job.config, job.task, job.plan
+    recipe = optimizers.recipe(config.optimizer)
+    warmup = config.warmup * plan.total_steps if config.warmup < 1 else config.warmup
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        max_steps=plan.total_steps,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=math.ceil(warmup),
+        max_grad_norm=0.0 if recipe.clips or config.max_grad_norm is None else config.max_grad_norm,
+        bf16=config.autocast == "bf16",
+        fp16=config.autocast == "fp16",
+        activation_checkpointing=config.checkpoint_activations,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # it would hide a loss of NaN
+        eval_strategy="steps",
+        logging_first_step=True,
+        eval_steps=config.eval_every or plan.steps_per_epoch,
+        save_strategy="steps",
+        save_steps=config.save_every or plan.steps_per_epoch,
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        label_names=["labels"],
+    )
+    callbacks: list[TrainerCallback] = [NanoAdamCallback()] if config.optimizer == "nanoadam" else []
+    trainer = _Trainer(
+        task.model,
+        arguments,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        data_collator=task.collator,
+        compute_metrics=task.measure,
+        preprocess_logits_for_metrics=task.preprocess_logits,
+        optimizer_cls_and_kwargs=job.optimizer,
+        callbacks=[*callbacks, metrics],
+    )
+    trainer.keep = config.keep_checkpoints
+    if config.task != "causal-lm":
+        # Classifiers swallow the count of items and divide by nothing, so accumulated gradients would be a sum.
+        trainer.model_accepts_loss_kwargs = False
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Trainer(Trainer):
+    """Stops at a loss that is not finite, and writes checkpoints whole or not at all."""
+
+    keep = 1
+    _staging: Path | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One backward pass.
+
+        Raises:
+            RunError: if its loss is not finite.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise RunError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {self._kept()}. {CURE}")
+        return loss
+
+    def _checkpoints(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _kept(self) -> str:
+        last = last_checkpoint(self._checkpoints())
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
+            raise RunError(f"the weight {broken[0]} is not finite after step {step}: {self._kept()}. {CURE}")
+        final = self._checkpoints() / f"checkpoint-{step}"
+        self._staging = final.parent / ".writing"
+        try:
+            shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
+            super()._save_checkpoint(model, trial)
+            watcher = next((c for c in self.callback_handler.callbacks if isinstance(c, NanoAdamCallback)), None)
+            if watcher is not None and watcher.touched is not None:
+                watcher.touched.save(self._staging / final.name / TOUCHED)
+            runs.publish(self._staging / final.name, final)
+        except Exception as error:  # torch, safetensors and the system each have a kind of their own for a full disk
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise RunError(
+                f"the checkpoint of step {step} could not be written ({reason}); {self._kept()}. Make room on the "
+                "disk, then go on with --resume"
+            ) from error
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        rotate_checkpoints(str(final.parent), self.keep)
+
+
+class _Metrics(TrainerCallback):
+    """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint."""
+
+    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress | None) -> None:
+        self._path = path
+        self._progress = progress or (lambda _: None)
+        self._times: list[float] = []
+        self._clock = 0.0
+        self._memory: dict[str, int] = {}
+        done = 0 if checkpoint is None else _step(checkpoint)
+        kept = [line for line in runs.read_lines(path) if line["step"] <= done]
+        runs.write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """The clock of a step starts."""
+        self._clock = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All gradients of the step are there."""
+        if not self._memory or (state.global_step + 1) % args.logging_steps == 0:
+            self._memory = memory_by_kind(kwargs["model"], unwrap(kwargs["optimizer"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of a step stops."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times.append(time.perf_counter() - self._clock)
+        if control.should_save:
+            control.should_log = True  # the Trainer forgets on resuming what it has not logged
+        self._progress({"step": state.global_step, "total": state.max_steps})
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A line of metrics.jsonl."""
+        logs, line = kwargs["logs"], {"step": state.global_step, "epoch": state.epoch}
+        if "eval_loss" in logs:
+            names = [key for key in logs if key.startswith("eval_") and not key.endswith(_SPEEDS)]
+            line = {"event": "evaluation", **line, "metrics": {key.removeprefix("eval_"): logs[key] for key in names}}
+        elif "loss" in logs:
+            # At its largest: the gradients before the step, and the state after it, which a step may have enlarged.
+            self._memory["state"] = memory_by_kind(kwargs["model"], unwrap(kwargs["optimizer"]))["state"]
+            seconds = sorted(self._times)[len(self._times) // 2]  # the median: a first step is no measure
+            values = {
+                key: logs[key] for key in ("loss", "grad_norm", "learning_rate", "density", "touched") if key in logs
+            }
+            line = {"event": "train", **line, **values, "seconds_per_step": seconds, "memory": dict(self._memory)}
+            self._times = []
+        else:
+            return
+        runs.append(self._path, line)
+        self._progress({"total": state.max_steps, **line})
+
+
+_SPEEDS = ("_runtime", "_per_second", "_preparation_time")
+
+
+def _manifest(job: Job, trainer: _Trainer) -> dict[str, Any]:
+    model = job.task.model
+    return {
+        "command": "nanoadam finetune",
+        "kind": "finetuning run: one model, one data set, one optimizer, one seed",
+        "pseudocode": runs.PSEUDOCODE if job.config.optimizer == "nanoadam" else f"as in torch: {job.config.optimizer}",
+        **runs.environment(device=str(trainer.args.device)),
+        "data": job.sources,
+        "model": {
+            "name": job.config.model,
+            "class": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "commit": getattr(model.config, "_commit_hash", None),
+        },
+        "plan": dataclasses.asdict(job.plan),
+        "settings": dataclasses.asdict(job.config),
+        "seeds": [job.config.seed],
+    }
