@@ -280,6 +280,71 @@ def finetune(
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
+@app.command(
+    epilog="Example: nanoadam compare --optimizers adamw,nanoadam --learning-rates 1e-5,1e-4,1e-3 --seeds 0,1,2 "
+    "--model bert-base-uncased --train train.jsonl --out runs/compared"
+)
+@_config_options
+def compare(
+    config: ConfigFile = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; must be new or empty.", show_default="runs/compare-TIME")
+    ] = None,
+    optimizers: Annotated[str | None, typer.Option(help="Separated by commas.", show_default="adamw,nanoadam")] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Tried for each optimizer.", show_default="1e-5,1e-4,1e-3")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Each run is repeated with each.", show_default="0,1,2")] = None,
+    retain: Annotated[
+        str | None, typer.Option(help="Text file that a language model must not forget.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    keys: dict[str, Any] | None = None,
+) -> None:
+    """Several optimizers on one job, each at its best learning rate: one table.
+
+    Takes the options of finetune; --optimizer, --learning-rate and --seed give way to the lists here.
+    """
+    for module in EXTRAS | LAB_EXTRAS:
+        importlib.import_module(module)
+    _quiet()
+    from nanoadam.lab import compare as lab
+
+    given = {**(read(config, {"compare": lab.KEYS}) if config else {}), **(keys or {})}
+    lists = {"optimizers": (optimizers, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
+    own: dict[str, Any] = {key: given.pop(key) for key in lab.KEYS if key in given}
+    own |= {key: _list(key, text, kind) for key, (text, kind) in lists.items() if text is not None}
+    own |= {} if retain is None else {"retain": retain}
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+    comparison = lab.Comparison(Config(**given), **own)
+    folder = out or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    with _progress() as bar:
+        task = bar.add_task("reading model and data", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        results = lab.run(comparison, folder, tell)
+    if as_json:
+        print(json.dumps({"out": str(folder), **results}))
+        return
+    head, *rows = lab.lines(results)
+    table = Table(*head, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    console.print(table)
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _list(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part.strip()) for part in text.split(","))
+    except ValueError:
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"{flag} must be numbers separated by commas, got {text!r}") from None
+
+
 def _quiet() -> None:
     """What a run has to say it says itself, and errors as one sentence."""
     import warnings

@@ -53,7 +53,6 @@ class Config:
     text_column: str | None = _key(None, "The text, or the first of a pair; guessed by default.", "data")
     pair_column: str | None = _key(None, "The second of a pair of texts.", "data")
     label_column: str | None = _key(None, "The label or the number to be learned; guessed by default.", "data")
-    image_column: str | None = _key(None, "The image (path or array); guessed by default.", "data")
     prompt_column: str | None = _key(None, "causal-lm: the prompt, which has no loss.", "data")
     completion_column: str | None = _key(None, "causal-lm: the completion, which has.", "data")
     messages_column: str | None = _key(None, "causal-lm: a list of {role, content}; the last one is learned.", "data")
@@ -164,8 +163,12 @@ def _checked(name: str, value: Any, wanted: Any) -> Any:
     return value
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, more: dict[str, tuple[str, ...]] | None = None) -> dict[str, Any]:
     """The keys of a TOML file, with or without their sections.
+
+    Args:
+        path: the file.
+        more: sections and keys that are no part of a config but may stand there.
 
     Raises:
         ValueError: if there is no such file, it is no TOML, or has a key that does not exist.
@@ -178,15 +181,17 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no config file {path}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the config file {path} is no TOML: {error}") from error
+    sections = (*SECTIONS, *(more or ()))
+    keys = (*FIELDS, *(key for names in (more or {}).values() for key in names))
     found: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, Mapping):
-            if key not in SECTIONS:
-                raise ValueError(f"{path}: there is no section [{key}]{nearest(key, SECTIONS)}")
+            if key not in sections:
+                raise ValueError(f"{path}: there is no section [{key}]{nearest(key, sections)}")
             found.update(value)
         else:
             found[key] = value
     for key in found:
-        if key not in FIELDS:
-            raise ValueError(f"{path}: there is no key {key!r}{nearest(key, FIELDS)}")
+        if key not in keys:
+            raise ValueError(f"{path}: there is no key {key!r}{nearest(key, keys)}")
     return found

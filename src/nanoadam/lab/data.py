@@ -17,7 +17,6 @@ from nanoadam.lab.runs import nearest
 
 TEXT = ("text", "sentence", "sentence1", "premise", "question1", "question", "review")
 LABEL = ("label", "labels", "target", "score", "class")
-IMAGE = ("image", "img", "images", "pixels", "file")
 PROMPT = ("prompt", "question", "instruction", "input")
 COMPLETION = ("completion", "answer", "response", "output")
 MESSAGES = ("messages", "conversation", "conversations")

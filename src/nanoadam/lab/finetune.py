@@ -220,6 +220,10 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
     return trainer
 
 
+class Diverged(RunError):
+    """The loss or a weight is no longer finite."""
+
+
 class _Trainer(Trainer):
     """Stops at a loss that is not finite, and writes checkpoints whole or not at all."""
 
@@ -230,7 +234,7 @@ class _Trainer(Trainer):
         """One backward pass.
 
         Raises:
-            RunError: if its loss is not finite.
+            Diverged: if its loss is not finite.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss).all():
@@ -251,7 +255,7 @@ class _Trainer(Trainer):
         step = self.state.global_step
         broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
         if broken:
-            raise RunError(f"the weight {broken[0]} is not finite after step {step}: {self._kept()}. {CURE}")
+            raise Diverged(f"the weight {broken[0]} is not finite after step {step}: {self._kept()}. {CURE}")
         final = self._checkpoints() / f"checkpoint-{step}"
         self._staging = final.parent / ".writing"
         try:

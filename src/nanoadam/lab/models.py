@@ -16,7 +16,6 @@ AUTO: dict[str, Any] = {
     "text-classification": transformers.AutoModelForSequenceClassification,
     "text-regression": transformers.AutoModelForSequenceClassification,
     "causal-lm": transformers.AutoModelForCausalLM,
-    "image-classification": transformers.AutoModelForImageClassification,
 }
 
 

@@ -1,0 +1,121 @@
+"""Several optimizers on one job: the same start and data for all, one table, and forgetting where it is asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+
+import tiny
+from nanoadam import cli
+from nanoadam.lab import compare, runs
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    root = tmp_path_factory.mktemp("job")
+    rows = [{"prompt": r["text"], "completion": r["label"]} for r in tiny.sentences(24)]
+    (root / "old.txt").write_text("the film was great and the book was dull " * 20)
+    return {
+        "task": "causal-lm", "model": str(tiny.causal_folder(root / "llama")), "device": "cpu",
+        "train": str(tiny.jsonl(root / "train.jsonl", rows)), "max-steps": 2, "batch-size": 8, "density": 0.1,
+        "learning-rates": "1e-4,1e-2", "seeds": "0,1", "retain": str(root / "old.txt"),
+    }  # fmt: skip
+
+
+def command(job: dict[str, object], out: Path, **more: object) -> list[str]:
+    options = {**job, **{key.replace("_", "-"): value for key, value in more.items()}, "out": out}
+    return ["compare", *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def whole(job: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "compared"
+    assert cli.main(command(job, out)) == 0
+    return out
+
+
+def test_every_optimizer_runs_at_every_rate_and_seed(whole: Path) -> None:
+    lines = runs.read_lines(whole / "metrics.jsonl")
+    keys = {(line["optimizer"], line["learning_rate"], line["seed"]) for line in lines}
+    assert keys == {(o, lr, s) for o in ("adamw", "nanoadam") for lr in (1e-4, 1e-2) for s in (0, 1)}
+    assert len(lines) == 8
+    assert {p.name for p in whole.iterdir()} == {"config.toml", "manifest.json", "metrics.jsonl", "report.html", "runs"}
+
+
+def test_the_table_holds_mean_and_deviation_at_the_chosen_rate(whole: Path) -> None:
+    results = json.loads((whole / "manifest.json").read_text())["results"]
+    assert [row["optimizer"] for row in results["table"]] == ["adamw", "nanoadam"]
+    for row in results["table"]:
+        own = [r for r in results["runs"] if r["optimizer"] == row["optimizer"]]
+        means = {lr: sum(r["metric"] for r in own if r["learning_rate"] == lr) / 2 for lr in (1e-4, 1e-2)}
+        assert row["learning_rate"] == min(means, key=means.__getitem__)  # a loss: lower is better
+        assert row["metric"]["mean"] == pytest.approx(means[row["learning_rate"]])
+        assert row["metric"]["std"] >= 0
+        assert {"memory_state", "touched", "l2_moved", "seconds_per_step", "forgetting"} <= row.keys()
+    adamw, nano = results["table"]
+    assert nano["memory_state"]["mean"] < adamw["memory_state"]["mean"]
+    assert nano["touched"]["mean"] < adamw["touched"]["mean"]
+
+
+def test_all_begin_with_the_same_model_and_data(whole: Path) -> None:
+    lines = runs.read_lines(whole / "metrics.jsonl")
+    assert len({line["retained_before"] for line in lines}) == 1
+    for seed in (0, 1):
+        first = {runs.read_lines(folder / "metrics.jsonl")[0]["loss"] for folder in (whole / "runs").glob(f"*-{seed}")}
+        assert len(first) == 1
+
+
+def test_the_report_stands_alone(whole: Path) -> None:
+    page = (whole / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "src=" not in page
+    for text in ("adamw", "nanoadam", "forgetting", "token_loss", "± "):
+        assert text in page
+
+
+def test_config_toml_reruns_the_comparison(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", str(whole / "config.toml"), "--seeds", "1", "--learning-rates", "1e-2", "--json"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "again")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    before = {(r["optimizer"], r["learning_rate"], r["seed"]): r for r in runs.read_lines(whole / "metrics.jsonl")}
+    for one in printed["runs"]:
+        old = before[one["optimizer"], one["learning_rate"], one["seed"]]
+        assert (one["metric"], one["forgetting"]) == (old["metric"], old["forgetting"])
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_chosen() -> None:
+    def outcome(lr: float, metric: float | None) -> dict[str, object]:
+        return {"optimizer": "adamw", "learning_rate": lr, "seed": 0, "metric": metric}
+
+    assert compare.table([outcome(1, 0.5), outcome(2, None)], True)[0]["learning_rate"] == 1
+    assert compare.table([outcome(1, 0.5), outcome(2, float("nan"))], False)[0]["learning_rate"] == 1
+    assert compare.table([outcome(1, None)], True) == [{"optimizer": "adamw", "learning_rate": None}]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizers": "adamw,nanadam"}, ["optimizer 'nanadam' is unknown", "'nanoadam'?"]),
+        ({"learning_rates": "1e-3,fast"}, ["--learning-rates must be numbers"]),
+        ({"seeds": "1,1"}, ["seeds holds something twice"]),
+        ({"retain": "nowhere.txt"}, ["there is no text file nowhere.txt"]),
+        ({"task": "text-classification"}, ["retain measures the loss of language models"]),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(
+    job: dict[str, object], options: dict[str, object], words: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert cli.main(command(job, tmp_path / "run", **options)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
