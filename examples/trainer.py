@@ -1,0 +1,78 @@
+"""NanoAdam under transformers' Trainer: its schedule, accumulation, checkpoints and logs, and clipping done right.
+
+Runs in a few seconds and downloads nothing: python examples/trainer.py (needs pip install 'nanoadam[lab]')
+"""
+
+import tempfile
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
+
+import nanoadam
+from nanoadam.callback import NanoAdamCallback
+
+STEPS = 80
+
+
+def make_model() -> BertForSequenceClassification:
+    """Instead of BertForSequenceClassification.from_pretrained(...)."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=2
+    )
+    return BertForSequenceClassification(config)
+
+
+def make_rows(count: int) -> list[dict[str, torch.Tensor]]:
+    """Sixteen tokens each; the label says whether token 7 is among them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(8, 64, (count, 16), generator=generator)
+    ids[::2, 3] = 7
+    return [{"input_ids": row, "labels": (row == 7).any().long()} for row in ids]
+
+
+def main() -> None:
+    model = make_model()
+    optimizer = nanoadam.for_trainer(
+        model,
+        lr=3e-3,
+        density=nanoadam.linear(0.10, 0.04, total_steps=STEPS, interval=20),
+        mask_interval=10,
+        max_grad_norm=1.0,  # clips by the norm of what is applied
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0,  # the Trainer would clip the dense gradients only
+            logging_steps=20,
+            save_steps=40,
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=True,
+        )
+        rows = make_rows(256)
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            optimizer_cls_and_kwargs=optimizer,
+            callbacks=[NanoAdamCallback()],
+        )
+        # Many classifiers take the Trainer's count of items and ignore it; without this, accumulated gradients add up
+        # to a sum instead of a mean.
+        trainer.model_accepts_loss_kwargs = False
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+    for line in trainer.state.log_history[:-1]:
+        print(
+            f"step {line['step']:3}  loss {line['loss']:.3f}  density {line['density']:.2f}  "
+            f"touched {line['touched']:.1%}  state {line['memory_state'] / 1e3:.0f} kB  gradients {line['memory_gradients'] / 1e3:.0f} kB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Every example runs as it stands and does what it says."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def losses(out: str) -> list[float]:
+    return [float(line.split("loss ")[1].split()[0].rstrip(",;")) for line in out.splitlines() if "loss " in line]
+
+
+def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("plain_loop.py", capsys)
+    assert "resumed bit for bit: True" in out
+    assert losses(out)[-1] < 0.5
+
+
+def test_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    out = run("trainer.py", capsys)
+    found = losses(out)
+    assert len(found) == 4
+    assert found[-1] < found[0]
+    assert "touched" in out
+
+
+def test_accelerate_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate")
+    assert "resumed bit for bit: True" in run("accelerate_loop.py", capsys)
+
+
+def test_peft_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    out = run("peft_lora.py", capsys)
+    assert "base unchanged: True" in out
+    assert losses(out)[-1] < losses(out)[0] - 0.5
+
+
+def test_no_example_is_left_out() -> None:
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {
+        "accelerate_loop.py", "peft_lora.py", "plain_loop.py", "trainer.py",
+    }  # fmt: skip
