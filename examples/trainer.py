@@ -70,7 +70,8 @@ def main() -> None:
     for line in trainer.state.log_history[:-1]:
         print(
             f"step {line['step']:3}  loss {line['loss']:.3f}  density {line['density']:.2f}  "
-            f"touched {line['touched']:.1%}  state {line['memory_state'] / 1e3:.0f} kB  gradients {line['memory_gradients'] / 1e3:.0f} kB"
+            f"touched {line['touched']:.1%}  state {line['memory_state'] / 1e3:.0f} kB  "
+            f"gradients {line['memory_gradients'] / 1e3:.0f} kB"
         )
 
 
