@@ -269,7 +269,7 @@ def test_two_optimizers_on_one_model_each_with_its_own_parameters_and_with_share
     for shared in (False, True):
         results = []
         for released in (True, False):
-            model = network()
+            model = network(bias=False)
             options = {"density": 0.2, "gradient_release": released}
             first = NanoAdam(model.parameters() if shared else model[0].parameters(), lr=1e-2, **options)
             second = NanoAdam(model[2:].parameters(), lr=1e-3, criterion="largest", **options)
@@ -359,6 +359,16 @@ def test_a_deleted_optimizer_leaves_gradients_alone():
     model.zero_grad()
     loss_of(model, 0).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_deleted_optimizer_leaves_no_trace_on_parameters_that_have_only_released_gradients():
+    model = network(bias=False)
+    opt = NanoAdam(model.parameters(), density=0.2)
+    loss_of(model, 0).backward()
+    opt.step()
+    del opt
+    gc.collect()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_deep_copy_of_model_and_optimizer_goes_on_alike_and_apart():

@@ -20,7 +20,7 @@ from nanoadam import amp, checks
 from nanoadam.chunks import layout
 from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
-from nanoadam.release import GradientRelease
+from nanoadam.release import GradientRelease, stands_in
 from nanoadam.schedules import Intervals, Schedule
 
 # GradScaler hands itself to a step that has a parameter for it, which is the only way for it to learn of an
@@ -262,6 +262,7 @@ class NanoAdam(Optimizer):
             if slot.weight.grad is not None:
                 checks.check_gradient(slot.name, slot.weight.grad)
         left = [(s.weight, s.weight.grad) for s in self._members[i][0] if s.weight.grad is not None]
+        left = [(parameter, gradient) for parameter, gradient in left if not stands_in(gradient)]
         if left:
             self._collect(left)
             if self._releases(i):

@@ -26,6 +26,11 @@ GPU_BUDGET = 64 * 2**20
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def stands_in(gradient: Tensor) -> bool:
+    """Whether it is the empty gradient that some optimizer has left as a witness, see `GradientRelease.stepped`."""
+    return gradient.is_sparse and gradient._nnz() == 0
+
+
 def _hand_over(parameter: Tensor) -> None:
     _, refs = _owners.get(parameter, (None, ()))
     alive = [release for release in (ref() for ref in refs) if release is not None]
@@ -127,7 +132,7 @@ class GradientRelease:
     def stepped(self, dense: Iterable[Tensor], selected: Sequence[Tensor]) -> None:
         """A step has used the held gradients; find out before the next backward whether they are to be kept."""
         self.forget_witness()
-        parameter = next((p for p in dense if p.grad is not None and not p.grad.is_sparse), None)
+        parameter = next((p for p in dense if p.grad is not None and not stands_in(p.grad)), None)
         if parameter is None:
             parameter = min(selected, key=Tensor.numel, default=None)
             if parameter is None:
@@ -160,10 +165,13 @@ class GradientRelease:
         if zeroed and owner is not None:
             owner._drop_held()
 
+    def __del__(self) -> None:
+        self.forget_witness()
+
     def forget_witness(self) -> None:
         """Stop asking whether older gradients were zeroed."""
         if self._witness is not None:
             parameter, gradient, _ = self._witness
-            if gradient.is_sparse and parameter.grad is gradient:
+            if stands_in(gradient) and parameter.grad is gradient:
                 parameter.grad = None
             self._witness = None

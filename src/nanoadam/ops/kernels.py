@@ -30,9 +30,8 @@ def _tensor_key(key, step, ordinal):
 
 @triton.jit
 def _random_words(key, position):
-    high = (position >> 32).to(tl.uint32)
-    low = (position & 0xFFFFFFFF).to(tl.uint32)
-    first = _mix(_mix(high ^ key) ^ low)
+    high = (position.to(tl.int64) >> 32).to(tl.uint32)
+    first = _mix(_mix(high ^ key) ^ position.to(tl.uint32))
     return first, _mix(first ^ 0x6A09E667)
 
 
@@ -63,54 +62,6 @@ def _store(pointer, value, noise, mask, STOCHASTIC: tl.constexpr):
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
-# Where things are.
-
-
-@triton.jit
-def _storage_offset(position, row, spatial):
-    """Storage offset of a row-major position; `spatial` > 1 in channels-last tensors of `row` weights per row."""
-    offset = position
-    if spatial > 1:
-        number = position // row
-        within = position - number * row
-        channel = within // spatial
-        offset = number * row + (within - channel * spatial) * (row // spatial) + channel
-    return offset
-
-
-@triton.jit
-def _row_major(offset, row, spatial):
-    """The inverse of `_storage_offset`."""
-    position = offset
-    if spatial > 1:
-        number = offset // row
-        within = offset - number * row
-        channels = row // spatial
-        place = within // channels
-        position = number * row + (within - place * channels) * spatial + place
-    return position
-
-
-@triton.jit
-def _entry_position(entry, index, line, chunk, full, keep, kept_per_line):
-    """Row-major position of a selected entry from its place in the list and its index within its chunk."""
-    number = entry // kept_per_line
-    within = entry - number * kept_per_line
-    of_line = tl.minimum(within // tl.maximum(keep, 1), full)
-    return number.to(tl.int64) * line + (of_line * chunk + index)
-
-
-@triton.jit
-def _field(row, at: tl.constexpr, TYPE: tl.constexpr):
-    """A pointer from the table."""
-    return tl.load(row + at).to(tl.pointer_type(TYPE))
-
-
-@triton.jit
-def _number(row, at: tl.constexpr):
-    return tl.load(row + at).to(tl.int32)
-
-
 # Columns of the table of selected tensors (int64), as `triton.py` writes them.
 WEIGHT = tl.constexpr(0)
 INDEX = tl.constexpr(1)
@@ -136,8 +87,75 @@ ACCUMULATE = tl.constexpr(20)
 COLUMNS = tl.constexpr(21)
 
 
+# Where things are.
+
+
 @triton.jit
-def gather(table, GRADIENT_TYPE: tl.constexpr, HELD_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _storage_offset(position, row, spatial, CHANNELS_LAST: tl.constexpr):
+    """Storage offset of a row-major position in a tensor of `row` weights per row, `spatial` per channel."""
+    offset = position
+    if CHANNELS_LAST:
+        number = position // row
+        within = position - number * row
+        channel = within // spatial
+        offset = number * row + (within - channel * spatial) * (row // spatial) + channel
+    return offset
+
+
+@triton.jit
+def _row_major(offset, row, spatial, CHANNELS_LAST: tl.constexpr):
+    """The inverse of `_storage_offset`."""
+    position = offset
+    if CHANNELS_LAST:
+        number = offset // row
+        within = offset - number * row
+        channels = row // spatial
+        place = within // channels
+        position = number * row + (within - place * channels) * spatial + place
+    return position
+
+
+@triton.jit
+def _entry_position(row, entry, index, WIDE: tl.constexpr):
+    """Row-major position of a selected entry from its place in the list and its index within its chunk."""
+    kept_per_line = _number(row, KEPT_PER_LINE)
+    number = entry // kept_per_line
+    within = entry - number * kept_per_line
+    of_line = tl.minimum(within // tl.maximum(_number(row, KEEP), 1), _number(row, FULL))
+    position = of_line * _number(row, CHUNK) + index
+    if WIDE:  # positions beyond 31 bits
+        position = number.to(tl.int64) * tl.load(row + LINE) + position
+    else:
+        position = number * _number(row, LINE) + position
+    return position
+
+
+@triton.jit
+def _field(row, at: tl.constexpr, TYPE: tl.constexpr):
+    """A pointer from the table."""
+    return tl.load(row + at).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def _list(row, at: tl.constexpr, TYPE: tl.constexpr):
+    """A pointer to a multiple of 16 bytes: 8 weights of 16 bits can be read from there at once."""
+    return tl.multiple_of(tl.load(row + at).to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def _number(row, at: tl.constexpr):
+    return tl.load(row + at).to(tl.int32)
+
+
+@triton.jit
+def gather(
+    table,
+    GRADIENT_TYPE: tl.constexpr,
+    HELD_TYPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (blocks of the largest tensor, tensors)."""
     row = table + tl.program_id(1) * COLUMNS
     selected = _number(row, SELECTED)
@@ -147,16 +165,8 @@ def gather(table, GRADIENT_TYPE: tl.constexpr, HELD_TYPE: tl.constexpr, BLOCK: t
         live = entry < selected
         index = tl.load(_field(row, INDEX, tl.int16) + entry, mask=live, other=-1).to(tl.int32)
         used = index >= 0
-        position = _entry_position(
-            entry,
-            index,
-            tl.load(row + LINE),
-            _number(row, CHUNK),
-            _number(row, FULL),
-            _number(row, KEEP),
-            _number(row, KEPT_PER_LINE),
-        )
-        offset = _storage_offset(position, tl.load(row + ROW), tl.load(row + GRADIENT_SPATIAL))
+        position = _entry_position(row, entry, index, WIDE)
+        offset = _storage_offset(position, _number(row, ROW), _number(row, GRADIENT_SPATIAL), CHANNELS_LAST)
         value = tl.load(_field(row, GRADIENT, GRADIENT_TYPE) + offset, mask=used, other=0.0).to(tl.float32)
         held = _field(row, HELD, HELD_TYPE) + entry
         if _number(row, ACCUMULATE) != 0:
@@ -172,7 +182,7 @@ def _adam(weight, gradient, exp_avg, exp_avg_sq, step_size, correction2, decay, 
     return weight, exp_avg, exp_avg_sq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "step"])
 def update(
     table,
     block_rows,
@@ -195,6 +205,8 @@ def update(
     WEIGHT_TYPE: tl.constexpr,
     HELD_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a block of selected entries; `block_rows` int32 says of which tensor."""
@@ -208,17 +220,9 @@ def update(
     live = entry < _number(row, SELECTED)
     index = tl.load(_field(row, INDEX, tl.int16) + entry, mask=live, other=-1).to(tl.int32)
     used = index >= 0
-    position = _entry_position(
-        entry,
-        index,
-        tl.load(row + LINE),
-        _number(row, CHUNK),
-        _number(row, FULL),
-        _number(row, KEEP),
-        _number(row, KEPT_PER_LINE),
-    )
+    position = _entry_position(row, entry, index, WIDE)
     pointer = _field(row, WEIGHT, WEIGHT_TYPE)
-    pointer += _storage_offset(position, tl.load(row + ROW), tl.load(row + SPATIAL))
+    pointer += _storage_offset(position, _number(row, ROW), _number(row, SPATIAL), CHANNELS_LAST)
     weight = tl.load(pointer, mask=used, other=0.0).to(tl.float32)
     gradient = tl.load(_field(row, HELD, HELD_TYPE) + entry, mask=used, other=0.0).to(tl.float32)
     if SCALE_POINTER:
@@ -243,7 +247,7 @@ def update(
     _store(pointer, weight, second, used, STOCHASTIC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "step"])
 def update_dense(
     table,
     block_rows,
@@ -268,6 +272,9 @@ def update_dense(
     WEIGHT_TYPE: tl.constexpr,
     GRADIENT_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a block of weights in the order of their storage; SELECTED is the number of weights."""
@@ -277,13 +284,23 @@ def update_dense(
         lr = tl.load(lr_pointer).to(tl.float32)
     if STEP_POINTER:
         step = tl.load(_field(row, STEP, tl.float32)).to(tl.int32)
-    offset = (block - _number(row, FIRST)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = offset < tl.load(row + SELECTED)
-    pointer = _field(row, WEIGHT, WEIGHT_TYPE) + offset
-    average = _field(row, EXP_AVG, STATE_TYPE) + offset
-    average_sq = _field(row, EXP_AVG_SQ, STATE_TYPE) + offset
+    offset = (block - _number(row, FIRST)) * BLOCK + tl.arange(0, BLOCK)
+    if WIDE:
+        offset = (block - _number(row, FIRST)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        live = offset < tl.load(row + SELECTED)
+    else:
+        live = offset < _number(row, SELECTED)
+    if ALIGNED:
+        live = offset < tl.multiple_of(tl.load(row + SELECTED), 8)  # 8 of them are then loaded and stored together
+        pointer = _list(row, WEIGHT, WEIGHT_TYPE) + offset
+        gradients = _list(row, GRADIENT, GRADIENT_TYPE) + offset
+    else:
+        pointer = _field(row, WEIGHT, WEIGHT_TYPE) + offset
+        gradients = _field(row, GRADIENT, GRADIENT_TYPE) + offset
+    average = _list(row, EXP_AVG, STATE_TYPE) + offset
+    average_sq = _list(row, EXP_AVG_SQ, STATE_TYPE) + offset
     weight = tl.load(pointer, mask=live, other=0.0).to(tl.float32)
-    gradient = tl.load(_field(row, GRADIENT, GRADIENT_TYPE) + offset, mask=live, other=0.0).to(tl.float32)
+    gradient = tl.load(gradients, mask=live, other=0.0).to(tl.float32)
     if SCALE_POINTER:
         gradient = gradient * tl.load(scale_pointer)
     if MAXIMIZE:
@@ -300,7 +317,7 @@ def update_dense(
     weight, exp_avg, exp_avg_sq = _adam(
         weight, gradient, exp_avg, exp_avg_sq, step_size, correction2, decay, weight1, beta2, weight2, eps
     )
-    position = _row_major(offset, tl.load(row + ROW), tl.load(row + SPATIAL))
+    position = _row_major(offset, _number(row, ROW), _number(row, SPATIAL), CHANNELS_LAST)
     first, second = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), position)
     _store(average, exp_avg, first, live, STOCHASTIC)
     _store(average_sq, exp_avg_sq, first >> 16, live, STOCHASTIC)
@@ -388,10 +405,108 @@ def _find(old, index, keep, SEARCH: tl.constexpr):
 
 
 @triton.jit
+def _values(row, at: tl.constexpr, spatial: tl.constexpr, start, lane, live, TYPE, CHANNELS_LAST, ALIGNED):
+    """Weights or gradients of a chunk that begins at position `start`."""
+    if CHANNELS_LAST:
+        offset = _storage_offset(start + lane, tl.load(row + ROW), tl.load(row + spatial), True)
+        pointer = _field(row, at, TYPE) + offset
+    elif ALIGNED:
+        pointer = tl.multiple_of(_list(row, at, TYPE) + tl.multiple_of(start, 8), 16) + lane
+    else:
+        pointer = _field(row, at, TYPE) + start + lane
+    return tl.load(pointer, mask=live, other=0.0)
+
+
+@triton.jit
+def _ranks(
+    row,
+    start,
+    lane,
+    live,
+    key,
+    step,
+    CRITERION: tl.constexpr,
+    KEEP_ZEROS: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr,
+    GRADIENT_TYPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """int32 like `lane`: the lower, the sooner selected; NEVER where it must not be."""
+    if CRITERION == 2:  # random
+        words, _ = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), start + lane)
+        ranks = (words >> 2).to(tl.int32)
+    elif CRITERION == 3:  # gradient
+        slopes = _values(row, GRADIENT, GRADIENT_SPATIAL, start, lane, live, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED)
+        ranks = 0x7F800001 - _magnitude(slopes)
+    else:
+        ranks = _magnitude(_values(row, WEIGHT, SPATIAL, start, lane, live, WEIGHT_TYPE, CHANNELS_LAST, ALIGNED))
+        if CRITERION == 1:  # largest
+            ranks = 0x7F800001 - ranks
+    if KEEP_ZEROS:
+        values = _values(row, WEIGHT, SPATIAL, start, lane, live, WEIGHT_TYPE, CHANNELS_LAST, ALIGNED)
+        ranks = tl.where(values == 0.0, NEVER, ranks)
+    return tl.where(live, ranks, NEVER)
+
+
+@triton.jit
+def _sampled_limit(ranks, least, most, LOG: tl.constexpr):
+    """A rank with between `least` and `most` of the sample at or below it, if the search comes across one."""
+    low = tl.full((), -1, tl.int32)
+    high = tl.full((), (1 << LOG) - 1, tl.int32)  # above every rank but NEVER
+    found = tl.full((), 0, tl.int32)
+    while (found == 0) & (high - low > 1):
+        middle = low + (high - low) // 2
+        count = tl.sum((ranks <= middle).to(tl.int32), axis=0)
+        low = tl.where(count < least, middle, low)
+        high = tl.where(count < least, high, middle)
+        found = ((count >= least) & (count <= most)).to(tl.int32)
+    return high
+
+
+@triton.jit
+def _near_pairs(row, start, first, length, limit, PART: tl.constexpr):
+    """Bits, 8 weights to a word, that say which 16-bit weights have a magnitude of at most `limit`.
+
+    Two weights at a time: 0x8000 + limit - magnitude keeps its top bit if the magnitude is not above the limit,
+    and nothing is borrowed from the neighbour. NaN is always above: `limit` must be below it.
+    """
+    pair = tl.arange(0, PART // 2)
+    pointer = tl.multiple_of(_list(row, WEIGHT, tl.int32) + tl.multiple_of((start + first) // 2, 4), 16)
+    two = tl.load(pointer + pair, mask=pair < (length - first) // 2, other=0x7FFF7FFF)
+    two = (limit * 0x10001 | -0x7FFF8000) - (two & 0x7FFF7FFF)
+    two = (two >> 15) & 0x10001
+    two = (two | (two >> 15)) & 3
+    return tl.sum(tl.reshape(two, (PART // 8, 4)) << (2 * tl.arange(0, 4)[None, :]), axis=1)
+
+
+@triton.jit
+def _write_down(bits, target, first, members, PART: tl.constexpr, CANDIDATES: tl.constexpr):
+    """Append the places (counted from `first`) whose bits are set to a list of `members` places; how many they are.
+
+    Few are, so each thread takes its bits off one by one.
+    """
+    group = tl.arange(0, PART // 8)
+    pairs = bits - ((bits >> 1) & 0x55)
+    count = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    count = (count + (count >> 4)) & 0x0F
+    upto = tl.cumsum(count, axis=0)
+    place = members + upto - count
+    while tl.max(bits, axis=0) > 0:
+        lowest = bits & -bits
+        which = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # its number, 0 to 7
+        there = first + group * 8 + which
+        tl.store(target + place, there.to(tl.int16), mask=(bits != 0) & (place < CANDIDATES))
+        place += (bits != 0).to(tl.int32)
+        bits = bits & (bits - 1)
+    return tl.sum(count, axis=0)
+
+
+@triton.jit(do_not_specialize=["chunks", "key", "step"])
 def select(
     table,
     chunk_rows,
-    scratch,  # int16 [programs, BLOCK]
+    scratch,  # int16 [programs, 2 * CANDIDATES]
     chunks,
     key,
     step,
@@ -403,67 +518,188 @@ def select(
     GRADIENT_TYPE: tl.constexpr,
     HELD_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
-    BLOCK: tl.constexpr,  # at least the longest chunk
+    CHANNELS_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,  # chunks and their lengths are multiples of 8
+    SIFT: tl.constexpr,  # whether chunks may be longer than CANDIDATES, and so have to be sifted first
+    CANDIDATES: tl.constexpr,
     KEPT: tl.constexpr,  # at least the most kept in a chunk
     SEARCH: tl.constexpr,  # halvings that search the longest old list
+    SAMPLE: tl.constexpr,
+    PART: tl.constexpr,  # weights of a chunk looked at together
 ):
-    """Programs take chunks in turn; `chunk_rows` int32 says of which tensor each is."""
-    lane = tl.arange(0, BLOCK)
-    kept_lane = tl.arange(0, KEPT)
+    """Programs take chunks in turn; `chunk_rows` int32 says of which tensor each is.
+
+    Most of a chunk is nowhere near the limit. So a sample guesses a rank with a few more weights at or below it
+    than are kept, one pass over the chunk writes down which these are, and the exact search runs among them.
+    """
+    lane = tl.arange(0, CANDIDATES)
+    part = tl.arange(0, PART)
+    sample = tl.arange(0, SAMPLE)
+    entry = tl.arange(0, KEPT)
+    PACKED: tl.constexpr = ALIGNED and CRITERION == 0 and not KEEP_ZEROS and tl.float32 != WEIGHT_TYPE
+    BITS: tl.constexpr = 31 if (tl.float32 == WEIGHT_TYPE or CRITERION != 0) else 15
+    SHIFT: tl.constexpr = 0 if tl.float32 == WEIGHT_TYPE else (13 if tl.float16 == WEIGHT_TYPE else 16)
+    mine = scratch + tl.program_id(0) * (2 * CANDIDATES)
     for number in range(tl.program_id(0), chunks, tl.num_programs(0)):
         row = table + tl.load(chunk_rows + number).to(tl.int64) * SELECT_COLUMNS
         number = number - _number(row, FIRST)
         full = _number(row, FULL)
-        per_line = full + (_number(row, TAIL) > 0).to(tl.int32)
+        tail = _number(row, TAIL)
+        per_line = full + (tail > 0).to(tl.int32)
         line = number // per_line
         of_line = number - line * per_line
         is_tail = of_line == full
         chunk = _number(row, CHUNK)
-        length = tl.where(is_tail, _number(row, TAIL), chunk)
+        length = tl.where(is_tail, tail, chunk)
         keep = tl.where(is_tail, _number(row, NEW_KEEP_TAIL), _number(row, NEW_KEEP))
         target = line.to(tl.int64) * _number(row, NEW_KEPT_PER_LINE) + of_line * _number(row, NEW_KEEP)
-        position = line.to(tl.int64) * tl.load(row + LINE) + of_line.to(tl.int64) * chunk + lane
-        live = lane < length
-        row_length = tl.load(row + ROW)
-        if CRITERION == 2:  # random
-            words, _ = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), position)
-            ranks = (words >> 2).to(tl.int32)
-        elif CRITERION == 3:  # gradient
-            offset = _storage_offset(position, row_length, tl.load(row + GRADIENT_SPATIAL))
-            ranks = 0x7F800001 - _magnitude(
-                tl.load(_field(row, GRADIENT, GRADIENT_TYPE) + offset, mask=live, other=0.0)
-            )
-        else:
-            offset = _storage_offset(position, row_length, tl.load(row + SPATIAL))
-            ranks = _magnitude(tl.load(_field(row, WEIGHT, WEIGHT_TYPE) + offset, mask=live, other=0.0))
-        if KEEP_ZEROS:
-            offset = _storage_offset(position, row_length, tl.load(row + SPATIAL))
-            size = tl.load(_field(row, WEIGHT, WEIGHT_TYPE) + offset, mask=live, other=0.0)
-            zero = size == 0.0
-        else:
-            zero = ~live
-        if CRITERION == 1:  # largest
-            ranks = 0x7F800001 - ranks
-        ranks = tl.where(zero | ~live, NEVER, ranks)
+        start = line.to(tl.int64) * tl.load(row + LINE) + of_line.to(tl.int64) * chunk
+        if ALIGNED:
+            length = tl.multiple_of(length, 8)
 
-        low, high, ties, wanted = _limits(
-            ranks, keep, 0 if tl.float32 == WEIGHT_TYPE else (13 if tl.float16 == WEIGHT_TYPE else 16), CRITERION == 0
+        members = length
+        index = lane
+        if SIFT:
+            # Pieces from all over the chunk, 64 weights each, as many as make up the sample.
+            piece = sample // 64
+            where = piece * (length // (SAMPLE // 64)) + sample % 64
+            where = tl.where(length < SAMPLE * 2, sample, where)
+            taken = tl.minimum(length, SAMPLE)
+            sampled = _ranks(
+                row,
+                start,
+                where,
+                where < length,
+                key,
+                step,
+                CRITERION,
+                KEEP_ZEROS,
+                WEIGHT_TYPE,
+                GRADIENT_TYPE,
+                CHANNELS_LAST,
+                ALIGNED,
+            )
+            expected = keep.to(tl.float32) * taken.to(tl.float32) / length.to(tl.float32)
+            least = (expected + 3.0 * tl.sqrt(expected) + 2.0).to(tl.int32)
+            limit = _sampled_limit(sampled, least, least + least // 4, BITS)
+            members = tl.full((), 0, tl.int32)
+            for first in range(0, length, PART):
+                if PACKED:
+                    bits = _near_pairs(row, start, tl.multiple_of(first, PART), length, limit, PART)
+                else:
+                    there = tl.multiple_of(first, PART) + part
+                    part_ranks = _ranks(
+                        row,
+                        start,
+                        there,
+                        there < length,
+                        key,
+                        step,
+                        CRITERION,
+                        KEEP_ZEROS,
+                        WEIGHT_TYPE,
+                        GRADIENT_TYPE,
+                        CHANNELS_LAST,
+                        ALIGNED,
+                    )
+                    near = (part_ranks <= tl.minimum(limit, NEVER - 1)).to(tl.int32)
+                    bits = tl.sum(tl.reshape(near, (PART // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
+                members += _write_down(bits, mine, first, members, PART, CANDIDATES)
+            if PACKED:
+                missed = (members < keep) | (limit > 0x7C00)
+            else:
+                missed = (members < keep) & (limit < (1 << BITS) - 1)
+            if missed | (members > CANDIDATES):
+                # The sample misled, or many weights are equal. Halve the interval with counts of the whole chunk
+                # until the candidates fit, or only one rank is left: then its first ones are taken and no others.
+                low = tl.full((), -1, tl.int32)
+                below = tl.full((), 0, tl.int32)
+                high = tl.full((), 0x7FFFFFFE, tl.int32)
+                upto = tl.full((), 0x7FFFFFFF, tl.int32)
+                while (upto > CANDIDATES) & (high - low > 1):
+                    middle = low + (high - low) // 2
+                    count = tl.full((), 0, tl.int32)
+                    for first in range(0, length, PART):
+                        there = tl.multiple_of(first, PART) + part
+                        part_ranks = _ranks(
+                            row,
+                            start,
+                            there,
+                            there < length,
+                            key,
+                            step,
+                            CRITERION,
+                            KEEP_ZEROS,
+                            WEIGHT_TYPE,
+                            GRADIENT_TYPE,
+                            CHANNELS_LAST,
+                            ALIGNED,
+                        )
+                        count += tl.sum((part_ranks <= middle).to(tl.int32), axis=0)
+                    enough = count >= keep
+                    high = tl.where(enough, middle, high)
+                    upto = tl.where(enough, count, upto)
+                    low = tl.where(enough, low, middle)
+                    below = tl.where(enough, below, count)
+                sure_upto = tl.where(upto <= CANDIDATES, high, low)
+                wanted_ties = tl.where(upto <= CANDIDATES, 0, keep - below)
+                members = tl.full((), 0, tl.int32)
+                ties = tl.full((), 0, tl.int32)
+                tl.debug_barrier()
+                for first in range(0, length, PART):
+                    there = tl.multiple_of(first, PART) + part
+                    part_ranks = _ranks(
+                        row,
+                        start,
+                        there,
+                        there < length,
+                        key,
+                        step,
+                        CRITERION,
+                        KEEP_ZEROS,
+                        WEIGHT_TYPE,
+                        GRADIENT_TYPE,
+                        CHANNELS_LAST,
+                        ALIGNED,
+                    )
+                    tie = ((part_ranks == high) & (part_ranks > sure_upto)).to(tl.int32)
+                    tie_place = ties + tl.cumsum(tie, axis=0) - tie
+                    near = ((part_ranks <= sure_upto) | ((tie == 1) & (tie_place < wanted_ties))).to(tl.int32)
+                    place = members + tl.cumsum(near, axis=0) - near
+                    tl.store(mine + place, there.to(tl.int16), mask=near == 1)
+                    members += tl.sum(near, axis=0)
+                    ties += tl.sum(tie, axis=0)
+            tl.debug_barrier()
+            index = tl.load(mine + lane, mask=lane < members, other=0).to(tl.int32)
+
+        ranks = _ranks(
+            row,
+            start,
+            index,
+            lane < members,
+            key,
+            step,
+            CRITERION,
+            KEEP_ZEROS,
+            WEIGHT_TYPE,
+            GRADIENT_TYPE,
+            CHANNELS_LAST,
+            ALIGNED,
         )
+        low, high, ties, wanted = _limits(ranks, keep, SHIFT, CRITERION == 0)
         # One running count for both: weights surely taken in the low half, ties in the high half.
         sure = (ranks <= low).to(tl.int32)
         tie = ((ranks == high) & (ranks > low)).to(tl.int32)
         seen = tl.cumsum(sure + (tie << 16), axis=0)
         ties_before = (seen >> 16) - tie
         taken = (sure == 1) | ((tie == 1) & (ties_before < ties))
-        rank = (seen & 0xFFFF) - sure + tl.minimum(ties_before, ties)
+        place = (seen & 0xFFFF) - sure + tl.minimum(ties_before, ties)
         index_target = _field(row, NEW_INDEX, tl.int16) + target
         if CARRY or CARRY_HELD:
-            mine = scratch + tl.program_id(0) * BLOCK
-            tl.store(mine + rank, lane.to(tl.int16), mask=taken)
+            final = mine + CANDIDATES
+            tl.store(final + place, index.to(tl.int16), mask=taken)
             tl.debug_barrier()
-            entry = kept_lane
-            kept_live = entry < keep
-            index = tl.load(mine + entry, mask=entry < wanted, other=-1).to(tl.int32)
+            index = tl.load(final + entry, mask=entry < wanted, other=-1).to(tl.int32)
             old_keep = tl.where(is_tail, _number(row, KEEP_TAIL), _number(row, KEEP))
             source = line.to(tl.int64) * _number(row, KEPT_PER_LINE) + of_line * _number(row, KEEP)
             old_index = _field(row, INDEX, tl.int16) + source
@@ -481,14 +717,16 @@ def select(
             if CARRY_HELD:
                 held = tl.load(_field(row, HELD, HELD_TYPE) + source + place, mask=kept, other=0.0)
             tl.debug_barrier()  # all of the old chunk is read before any of the new one is written
-            tl.store(index_target + entry, index.to(tl.int16), mask=kept_live)
+            live = entry < keep
+            tl.store(index_target + entry, index.to(tl.int16), mask=live)
             if CARRY:
-                tl.store(_field(row, NEW_EXP_AVG, STATE_TYPE) + target + entry, exp_avg, mask=kept_live)
-                tl.store(_field(row, NEW_EXP_AVG_SQ, STATE_TYPE) + target + entry, exp_avg_sq, mask=kept_live)
-                tl.store(_field(row, NEW_BORN, tl.int16) + target + entry, born.to(tl.int16), mask=kept_live)
+                tl.store(_field(row, NEW_EXP_AVG, STATE_TYPE) + target + entry, exp_avg, mask=live)
+                tl.store(_field(row, NEW_EXP_AVG_SQ, STATE_TYPE) + target + entry, exp_avg_sq, mask=live)
+                tl.store(_field(row, NEW_BORN, tl.int16) + target + entry, born.to(tl.int16), mask=live)
             if CARRY_HELD:
-                tl.store(_field(row, NEW_HELD, HELD_TYPE) + target + entry, held, mask=kept_live)
+                tl.store(_field(row, NEW_HELD, HELD_TYPE) + target + entry, held, mask=live)
         else:
-            tl.store(index_target + rank, lane.to(tl.int16), mask=taken)
-            empty = (kept_lane >= wanted) & (kept_lane < keep)
-            tl.store(index_target + kept_lane, tl.full((KEPT,), -1, tl.int16), mask=empty)
+            tl.store(index_target + place, index.to(tl.int16), mask=taken)
+            empty = (entry >= wanted) & (entry < keep)
+            tl.store(index_target + entry, tl.full((KEPT,), -1, tl.int16), mask=empty)
+            tl.debug_barrier()  # the next chunk writes over what this one has read

@@ -22,6 +22,13 @@ from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, kernels, reference
 BLOCK = 1024
 """Selected entries a program updates."""
 
+# How selection is cut for the GPU, as measured on an H200 (docs/design.md). None of it changes a result.
+_SAMPLE = 512  # weights of a chunk that the first guess is made from
+_PART = 512  # weights of a chunk looked at together
+_CANDIDATES_PER_WARP = 512
+_PROGRAMS_PER_PROCESSOR = 32
+_REGISTERS = 64  # a thread; waiting for memory is what takes the time, so many warps beat fast ones
+
 _CRITERIA = {"smallest": 0, "largest": 1, "random": 2, "gradient": 3}
 _TYPES = {
     torch.float32: triton.language.float32,
@@ -40,6 +47,11 @@ def _spatial(tensor: Tensor) -> int:
     ):
         return math.prod(tensor.shape[2:])
     return 0
+
+
+def _aligned(tensor: Tensor, *counts: int) -> bool:
+    """Whether 8 weights at a time can be read: of 16-bit ones, 16 bytes."""
+    return tensor.data_ptr() % 16 == 0 and all(count % 8 == 0 for count in counts)
 
 
 def _signed(word: int) -> int:
@@ -119,10 +131,15 @@ def _row(slot: Slot) -> list[int]:
 def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
     kinds = _partition(
         zip(slots, gradients, strict=True),
-        lambda pair: (pair[1].dtype, dtype if pair[0].held is None else pair[0].held.dtype, _spatial(pair[1]) > 0),
+        lambda pair: (
+            min(_spatial(pair[1]), 2),
+            pair[1].dtype,
+            dtype if pair[0].held is None else pair[0].held.dtype,
+            pair[1].numel() >= 2**31,
+        ),
     )
-    for (gradient_type, held_type, addressable), pairs in kinds:
-        if not addressable:
+    for (strides, gradient_type, held_type, wide), pairs in kinds:
+        if strides == 0:
             reference.gather([slot for slot, _ in pairs], [gradient for _, gradient in pairs], dtype)
             continue
         rows = []
@@ -142,6 +159,8 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtyp
                 _upload(rows, device),
                 GRADIENT_TYPE=_TYPES[gradient_type],
                 HELD_TYPE=_TYPES[held_type],
+                CHANNELS_LAST=strides == 2,
+                WIDE=wide,
                 BLOCK=BLOCK,
             )
 
@@ -192,17 +211,22 @@ def _cached_table(
     return entry
 
 
-def _kind(adam: Adam, slot: Slot, gradient: Tensor | None) -> Hashable:
-    """What has to be equal in one launch; None where only the reference can serve."""
-    if _spatial(slot.weight) == 0:
-        return None
-    step = -1 if adam.capturable else slot.steps
-    return step, slot.weight.dtype, slot.state["exp_avg"].dtype, None if gradient is None else gradient.dtype
+def _kind(adam: Adam, slot: Slot, gradient: Tensor | None) -> tuple[Any, ...]:
+    """What has to be equal in one launch; first 0 where only the reference can serve, 2 for channels-last."""
+    weight = slot.weight
+    return (
+        min(_spatial(weight), 2),
+        -1 if adam.capturable else slot.steps,
+        weight.dtype,
+        slot.state["exp_avg"].dtype,
+        None if gradient is None else gradient.dtype,
+        weight.numel() >= 2**31,
+    )
 
 
 def update(slots: Sequence[Slot], adam: Adam) -> None:
     for kind, members in _partition(slots, lambda slot: _kind(adam, slot, slot.held)):
-        if kind is None:
+        if kind[0] == 0:
             reference.update(members, adam)
             continue
 
@@ -215,7 +239,7 @@ def update(slots: Sequence[Slot], adam: Adam) -> None:
         signature = [slot.version for slot in members] + [slot.weight.data_ptr() for slot in members]
         signature += [slot.held.data_ptr() for slot in members if slot.held is not None]
         table, block_rows, blocks = _cached_table("update", members, signature, build)
-        step, weight_type, state_type, held_type = kind
+        strides, step, weight_type, state_type, held_type, wide = kind
         with _on(table.device):
             kernels.update[(blocks,)](
                 table,
@@ -224,6 +248,8 @@ def update(slots: Sequence[Slot], adam: Adam) -> None:
                 WEIGHT_TYPE=_TYPES[weight_type],
                 HELD_TYPE=_TYPES[held_type],
                 STATE_TYPE=_TYPES[state_type],
+                CHANNELS_LAST=strides == 2,
+                WIDE=wide,
                 **_scalars(adam, table.device, table),
             )
 
@@ -233,8 +259,13 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
     for slot, gradient in of.items():
         if gradient.stride() != slot.weight.stride():
             of[slot] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
-    for kind, members in _partition(slots, lambda slot: _kind(adam, slot, of[slot])):
-        if kind is None:
+
+    def kind_of(slot: Slot) -> tuple[Any, ...]:
+        aligned = _aligned(slot.weight, slot.weight.numel()) and _aligned(of[slot])
+        return (*_kind(adam, slot, of[slot]), aligned)
+
+    for kind, members in _partition(slots, kind_of):
+        if kind[0] == 0:
             reference.update_dense(members, [of[slot] for slot in members], adam)
             continue
 
@@ -257,7 +288,7 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
         signature = [slot.version for slot in members] + [slot.weight.data_ptr() for slot in members]
         signature += [of[slot].data_ptr() for slot in members]
         table, block_rows, blocks = _cached_table("dense", members, signature, build)
-        step, weight_type, state_type, gradient_type = kind
+        strides, step, weight_type, state_type, gradient_type, wide, aligned = kind
         with _on(table.device):
             kernels.update_dense[(blocks,)](
                 table,
@@ -268,6 +299,9 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
                 WEIGHT_TYPE=_TYPES[weight_type],
                 GRADIENT_TYPE=_TYPES[gradient_type],
                 STATE_TYPE=_TYPES[state_type],
+                CHANNELS_LAST=strides == 2,
+                ALIGNED=aligned,
+                WIDE=wide,
                 **_scalars(adam, table.device, table),
             )
 
@@ -279,13 +313,23 @@ def select(
     items = list(zip(slots, layouts, dense, strict=True))
 
     def kind(item: tuple[Slot, Layout, Tensor | None]) -> Hashable:
-        slot, _, gradient = item
-        if _spatial(slot.weight) == 0 or (gradient is not None and _spatial(gradient) == 0):
+        slot, lay, gradient = item
+        strides = min(_spatial(slot.weight), 2)
+        if strides == 0 or (gradient is not None and min(_spatial(gradient), 2) != strides):
             return None
         held = None if slot.held is None else slot.held.dtype
         carry = rule.carry and slot.steps > 0
         state = slot.state["exp_avg"].dtype
-        return slot.weight.dtype, None if gradient is None else gradient.dtype, held, carry, state
+        aligned = _aligned(slot.weight, lay.line, lay.chunk, lay.tail) and (gradient is None or _aligned(gradient))
+        return (
+            slot.weight.dtype,
+            None if gradient is None else gradient.dtype,
+            held,
+            carry,
+            state,
+            strides == 2,
+            aligned,
+        )
 
     for what, members in _partition(items, kind):
         if what is None:
@@ -318,6 +362,8 @@ def _select_batch(
     held_type: torch.dtype | None,
     carry: bool,
     state_type: torch.dtype,
+    channels_last: bool,
+    aligned: bool,
 ) -> None:
     device = batch[0][0].weight.device
     rows, chunks, first, results = [], [], 0, []
@@ -384,11 +430,13 @@ def _select_batch(
         chunks.append(lay.chunks)
         first += lay.chunks
     lays = [lay for _, lay, _ in batch]
-    longest = triton.next_power_of_2(max(min(lay.chunk, lay.line) for lay in lays))
-    kept = triton.next_power_of_2(max(max(lay.keep, lay.keep_tail) for lay in lays))
-    old_kept = max(max(lay.keep, lay.keep_tail) for lay in (slot.layout or coming for slot, coming, _ in batch))
+    longest = max(min(lay.chunk, lay.line) for lay in lays)
+    most = max(max(lay.keep, lay.keep_tail) for lay in lays)
+    old_most = max(max(lay.keep, lay.keep_tail) for lay in (slot.layout or coming for slot, coming, _ in batch))
+    # Twice what is kept, and some: a limit guessed from a sample then seldom misses, see kernels.select.
+    candidates = triton.next_power_of_2(min(longest, max(128, 2 * most + 64)))
     programs = min(first, _PROGRAMS_PER_PROCESSOR * _processors(device))
-    scratch = torch.empty((programs, longest), dtype=torch.int16, device=device)
+    scratch = torch.empty((programs, 2 * candidates), dtype=torch.int16, device=device)
     with _on(device):
         kernels.select[(programs,)](
             _upload(rows, device),
@@ -405,18 +453,20 @@ def _select_batch(
             GRADIENT_TYPE=_TYPES[gradient_type or weight_type],
             HELD_TYPE=_TYPES[held_type or torch.float32],
             STATE_TYPE=_TYPES[state_type],
-            BLOCK=longest,
-            KEPT=kept,
-            SEARCH=max(1, old_kept.bit_length()),
-            num_warps=_SELECT_WARPS if longest >= 1024 else 1,
+            CHANNELS_LAST=channels_last,
+            ALIGNED=aligned,
+            SIFT=candidates < longest,
+            CANDIDATES=candidates,
+            KEPT=triton.next_power_of_2(most),
+            SEARCH=max(1, old_most.bit_length()),
+            SAMPLE=_SAMPLE,
+            PART=_PART,
+            num_warps=max(1, candidates // _CANDIDATES_PER_WARP),
+            maxnreg=_REGISTERS,
         )
     for slot, lay, new, held in results:
         slot.state.update(new)
         slot.layout, slot.held = lay, held
-
-
-_PROGRAMS_PER_PROCESSOR = 8
-_SELECT_WARPS = 4
 
 
 @functools.lru_cache(maxsize=16)
