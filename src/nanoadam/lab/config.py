@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover
     import tomli as tomllib
 
-TASKS = ("text-classification", "text-regression", "causal-lm")
+TASKS = ("text-classification", "text-regression", "causal-lm", "image-classification")
 SCHEDULERS = ("linear", "cosine", "constant")
 DENSITY_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -46,13 +46,14 @@ class Config:
     allow_pickle: bool = _key(False, "Load pickled weights (pytorch_model.bin) where there are no others.", "model")
     dtype: str = _key("float32", "Of the weights.", "model", ("float32", "bfloat16"))
 
-    train: str = _key("", "Training data: a file, or hub id[:config]@split.", "data")
+    train: str = _key("", "Training data: a file, an image folder, or hub id[:config]@split.", "data")
     validation: str | None = _key(None, "Validation data, likewise; by default a share of the training data.", "data")
     validation_share: float = _key(0.1, "That share, split off at random.", "data", low=0.0)
     columns: tuple[str, ...] = _key((), "Column names of CSV and TSV files without a header.", "data")
     text_column: str | None = _key(None, "The text, or the first of a pair; guessed by default.", "data")
     pair_column: str | None = _key(None, "The second of a pair of texts.", "data")
     label_column: str | None = _key(None, "The label or the number to be learned; guessed by default.", "data")
+    image_column: str | None = _key(None, "The image: a path, or its bytes; guessed by default.", "data")
     prompt_column: str | None = _key(None, "causal-lm: the prompt, which has no loss.", "data")
     completion_column: str | None = _key(None, "causal-lm: the completion, which has.", "data")
     messages_column: str | None = _key(None, "causal-lm: a list of {role, content}; the last one is learned.", "data")

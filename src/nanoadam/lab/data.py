@@ -16,6 +16,7 @@ from nanoadam.lab.config import Config
 from nanoadam.lab.runs import nearest
 
 TEXT = ("text", "sentence", "sentence1", "premise", "question1", "question", "review")
+IMAGE = ("image", "img", "file", "path")
 LABEL = ("label", "labels", "target", "score", "class")
 PROMPT = ("prompt", "question", "instruction", "input")
 COMPLETION = ("completion", "answer", "response", "output")
@@ -87,8 +88,12 @@ def _digest(rows: Dataset) -> str:
     """Of the content, in order, whatever file it came from."""
     digest = hashlib.sha256()
     for batch in rows.with_format("arrow").iter(batch_size=1000):
-        digest.update(json.dumps(batch.to_pylist(), default=repr, ensure_ascii=False).encode())
+        digest.update(json.dumps(batch.to_pylist(), default=_plain, ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
 
 def _file_digest(path: Path) -> str:
@@ -102,6 +107,11 @@ def _file_digest(path: Path) -> str:
 def _load(name: str, config: Config) -> Split:
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
+    if path.is_dir():
+        from nanoadam.lab.images import read_folder
+
+        rows, digest = read_folder(path)
+        return Split(rows, path.name, {"folder": str(path.resolve()), "sha256": digest})
     if path.is_file():
         if suffix not in READERS:
             raise ValueError(f"{path} has an unknown format {suffix or 'without a suffix'}{nearest(suffix, READERS)}")
@@ -205,12 +215,19 @@ def _parquet(path: Path, _: Sequence[str]) -> Dataset:
         raise ValueError(f"{path} is no Parquet file: {error}") from error
 
 
+def _npz(path: Path, _: Sequence[str]) -> Dataset:
+    from nanoadam.lab.images import read_npz
+
+    return read_npz(path)
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], Dataset]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _table(","),
     ".tsv": _table("\t"),
     ".parquet": _parquet,
+    ".npz": _npz,
 }
 
 

@@ -199,6 +199,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         report_to="none",
         disable_tqdm=True,
         label_names=["labels"],
+        remove_unused_columns=not task.keeps_columns,
     )
     callbacks: list[TrainerCallback] = [NanoAdamCallback()] if config.optimizer == "nanoadam" else []
     trainer = _Trainer(

@@ -16,6 +16,7 @@ AUTO: dict[str, Any] = {
     "text-classification": transformers.AutoModelForSequenceClassification,
     "text-regression": transformers.AutoModelForSequenceClassification,
     "causal-lm": transformers.AutoModelForCausalLM,
+    "image-classification": transformers.AutoModelForImageClassification,
 }
 
 
@@ -76,6 +77,23 @@ def load_tokenizer(config: Config) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_image_processor(config: Config) -> Any:
+    """What resizes and normalises images as the model has learned them.
+
+    Raises:
+        ValueError: if it cannot be had.
+    """
+    name = _checked_name(config.tokenizer or config.model)
+    automatic: Any = transformers.AutoImageProcessor
+
+    def load() -> Any:
+        return automatic.from_pretrained(
+            name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+
+    return _explain(name, load, "image processor")
 
 
 def _checked_name(name: str) -> str:

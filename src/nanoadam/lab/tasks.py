@@ -27,6 +27,8 @@ class Task(abc.ABC):
         train: encoded rows, as the Trainer takes them.
         validation: likewise.
         collator: makes a batch of rows.
+        preprocess_logits: makes less of the logits before they are gathered.
+        keeps_columns: whether the collator needs columns that are no input of the model.
         description: what was read from where, for the manifest.
     """
 
@@ -39,6 +41,7 @@ class Task(abc.ABC):
     collator: Any
     description: dict[str, Any]
     preprocess_logits: Callable[[Any, Any], Any] | None = None
+    keeps_columns = False
 
     @abc.abstractmethod
     def encode(self, split: Split) -> Dataset:
@@ -55,7 +58,11 @@ def make(config: Config, train: Split, validation: Split) -> Task:
     Raises:
         ValueError: for a column, a row or a model that does not serve.
     """
-    made: Task = TASKS[config.task](config, train, validation)
+    if config.task == "image-classification":
+        from nanoadam.lab.images import ImageClassification  # needs Pillow, which the others do not
+
+        return ImageClassification(config, train, validation)
+    made: Task = KINDS[config.task](config, train, validation)
     return made
 
 
@@ -122,7 +129,7 @@ class TextClassification(_Text):
     def model_options(self, train: Split) -> dict[str, Any]:
         """The classes of the training set."""
         self.names = data.label_names(train, self._label)
-        return _label_options(self.names)
+        return label_options(self.names)
 
     def labels(self, split: Split) -> list[Any]:
         """As numbers."""
@@ -130,10 +137,11 @@ class TextClassification(_Text):
 
     def measure(self, prediction: EvalPrediction) -> dict[str, float]:
         """All three."""
-        return _classification_metrics(prediction)
+        return classification_metrics(prediction)
 
 
-def _label_options(names: list[str]) -> dict[str, Any]:
+def label_options(names: list[str]) -> dict[str, Any]:
+    """What a model's config has to know of its classes."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -141,7 +149,8 @@ def _label_options(names: list[str]) -> dict[str, Any]:
     }
 
 
-def _classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, macro F1 and Matthews correlation."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guesses, labels = _logits(prediction).argmax(axis=-1), prediction.label_ids
@@ -283,9 +292,8 @@ def _loss_and_count(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack([loss.double().sum(dim=1), (targets != -100).double().sum(dim=1)], dim=1)
 
 
-TASKS: dict[str, type[Any]] = {
+KINDS: dict[str, type[Any]] = {
     "text-classification": TextClassification,
     "text-regression": TextRegression,
     "causal-lm": CausalLM,
 }
-"""By the name that `task` takes."""

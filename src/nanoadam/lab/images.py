@@ -1,0 +1,125 @@
+"""Image classification: folders of images, arrays, or tables that name or hold images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image, UnidentifiedImageError
+from transformers import EvalPrediction
+
+from nanoadam.lab import data, models, tasks
+from nanoadam.lab.config import Config
+from nanoadam.lab.data import Split
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def read_folder(folder: Path) -> tuple[Dataset, str]:
+    """One row for each image in a folder of folders, which are the labels; and the SHA-256 of names and contents.
+
+    Raises:
+        ValueError: if there is no image in any subfolder.
+    """
+    files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"the folder {folder} holds no images: it must have one subfolder of images for each label")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    rows = {"image": [str(file.resolve()) for file in files], "label": [file.parent.name for file in files]}
+    return Dataset.from_dict(rows), digest.hexdigest()
+
+
+def read_npz(path: Path) -> Dataset:
+    """Rows from arrays `images` (uint8 [n, height, width] or [n, height, width, 3]) and `labels` ([n]).
+
+    Raises:
+        ValueError: if the file holds anything else; pickled objects are never loaded.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an npz file of arrays: {error}") from error
+    if not {"images", "labels"} <= found.keys():
+        raise ValueError(f"{path} must hold the arrays images and labels, and holds {', '.join(found) or 'none'}")
+    images, labels = found["images"], found["labels"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        raise ValueError(
+            f"{path} must hold uint8 images [n, height, width(, 3)] and as many labels, and holds {images.dtype} "
+            f"{list(images.shape)} and {len(labels)}"
+        )
+    return Dataset.from_dict({"image": [_png(image) for image in images], "label": labels.tolist()})
+
+
+def _png(pixels: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def decode(source: Any) -> Image.Image:
+    """The image at a path or in bytes, as RGB."""
+    if isinstance(source, dict):  # as datasets stores images
+        source = source["bytes"] or source["path"]
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return image.convert("RGB")
+
+
+class ImageClassification(tasks.Task):
+    """Accuracy, F1 and Matthews correlation."""
+
+    metric = "accuracy"
+    keeps_columns = True  # the images themselves are no input of the model
+
+    def __init__(self, config: Config, train: Split, validation: Split) -> None:
+        self._image = train.column("image_column", config.image_column, data.IMAGE)
+        self._label = train.column("label_column", config.label_column, data.LABEL)
+        for name in (self._image, self._label):
+            validation.column(name, name, ())
+        self.names = data.label_names(train, self._label)
+        self.processor = models.load_image_processor(config)
+        self.model = models.load_model(config, **tasks.label_options(self.names))
+        self.train, self.validation = self.encode(train), self.encode(validation)
+        self.collator = self._batch
+        self.description = {"image": self._image, "label": self._label}
+
+    def encode(self, split: Split) -> Dataset:
+        """Rows whose images have all been decoded once.
+
+        Raises:
+            ValueError: for an image that does not decode, naming its row.
+        """
+        base = Path(split.source.get("file", ".")).parent
+        rows = split.rows.with_format(None)
+        if hasattr(rows.features[self._image], "decode"):
+            from datasets import Image as ImageFeature
+
+            rows = rows.cast_column(self._image, ImageFeature(decode=False))
+        sources = []
+        for number, value in enumerate(rows[self._image], start=1):
+            source = str(base / value) if isinstance(value, str) else value
+            try:
+                decode(source)
+            except (UnidentifiedImageError, OSError, TypeError, KeyError, SyntaxError, ValueError) as error:
+                what = f" ({value})" if isinstance(value, str) else ""
+                raise ValueError(
+                    f"row {number} of {split.name}{what} holds no image that can be decoded: {error}"
+                ) from error
+            sources.append(source)
+        return Dataset.from_dict({"image": sources, "labels": data.class_ids(split, self._label, self.names)})
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = self.processor([decode(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    def measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        """All three."""
+        return tasks.classification_metrics(prediction)
