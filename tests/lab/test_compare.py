@@ -90,6 +90,16 @@ def test_config_toml_reruns_the_comparison(whole: Path, tmp_path: Path, capsys: 
         assert (one["metric"], one["forgetting"]) == (old["metric"], old["forgetting"])
 
 
+def test_another_metric_may_decide(job: dict[str, object], tmp_path: Path) -> None:
+    small = {**job, "optimizers": "sgd", "learning-rates": "1e-4,1e-1", "seeds": "0", "metric": "perplexity"}
+    del small["retain"]
+    assert cli.main(command(small, tmp_path / "run")) == 0
+    results = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]
+    assert results["metric"] == "perplexity"
+    best = min(results["runs"], key=lambda one: one["final"]["perplexity"])
+    assert results["table"][0]["learning_rate"] == best["learning_rate"]
+
+
 def test_a_rate_at_which_a_run_diverged_is_not_chosen() -> None:
     def outcome(lr: float, metric: float | None) -> dict[str, object]:
         return {"optimizer": "adamw", "learning_rate": lr, "seed": 0, "metric": metric}

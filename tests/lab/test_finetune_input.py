@@ -49,6 +49,7 @@ def refused(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ("options", "words"),
     [
         ({"task": "text-clasification"}, ["task 'text-clasification' is unknown", "'text-classification'?"]),
+        ({"metric": "mathews"}, ["text-classification has no metric 'mathews'", "did you mean 'matthews'?"]),
         ({"optimizer": "adanw"}, ["optimizer 'adanw' is unknown", "did you mean 'adamw'?"]),
         ({"scheduler": "cosin"}, ["scheduler 'cosin'", "'cosine'?"]),
         ({"text-column": "txt"}, ["train.jsonl has no column 'txt'", "did you mean 'text'?"]),

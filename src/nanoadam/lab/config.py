@@ -37,6 +37,7 @@ class Config:
     """
 
     task: str = _key("text-classification", "What is learned.", "model", TASKS)
+    metric: str | None = _key(None, "What counts when optimizers are compared; by default the task's first.", "model")
     model: str = _key("", "Local folder or hub id of a transformers model.", "model")
     tokenizer: str | None = _key(None, "Folder or hub id of its tokenizer, if not the model's own.", "model")
     revision: str | None = _key(None, "Branch, tag or commit of a hub id.", "model")

@@ -76,7 +76,7 @@ def decode(source: Any) -> Image.Image:
 class ImageClassification(tasks.Task):
     """Accuracy, F1 and Matthews correlation."""
 
-    metric = "accuracy"
+    metrics = tasks.CLASSIFICATION
     keeps_columns = True  # the images themselves are no input of the model
 
     def __init__(self, config: Config, train: Split, validation: Split) -> None:

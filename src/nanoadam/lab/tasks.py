@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,14 +14,18 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EvalPr
 from nanoadam.lab import data, models
 from nanoadam.lab.config import Config
 from nanoadam.lab.data import Split
+from nanoadam.lab.runs import nearest
+
+CLASSIFICATION = {"accuracy": True, "f1": True, "matthews": True, "loss": False}
+"""What is measured of a classifier, and whether more of it is better."""
 
 
 class Task(abc.ABC):
     """One kind of job. Made for a config, its training and its validation split.
 
     Attributes:
-        metric: the name of the one number that counts.
-        higher_is_better: which way it goes.
+        metrics: what is measured, and whether more of it is better; the first counts unless told otherwise.
+        metric: the name of the one that counts.
         model: the model to be trained.
         processor: what turns rows into inputs; saved with the model.
         train: encoded rows, as the Trainer takes them.
@@ -32,8 +36,8 @@ class Task(abc.ABC):
         description: what was read from where, for the manifest.
     """
 
+    metrics: ClassVar[dict[str, bool]]
     metric: str
-    higher_is_better = True
     model: PreTrainedModel
     processor: Any
     train: Dataset
@@ -42,6 +46,11 @@ class Task(abc.ABC):
     description: dict[str, Any]
     preprocess_logits: Callable[[Any, Any], Any] | None = None
     keeps_columns = False
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the metric goes."""
+        return self.metrics[self.metric]
 
     @abc.abstractmethod
     def encode(self, split: Split) -> Dataset:
@@ -58,11 +67,17 @@ def make(config: Config, train: Split, validation: Split) -> Task:
     Raises:
         ValueError: for a column, a row or a model that does not serve.
     """
+    kinds: dict[str, type[Any]] = {**KINDS}
     if config.task == "image-classification":
         from nanoadam.lab.images import ImageClassification  # needs Pillow, which the others do not
 
-        return ImageClassification(config, train, validation)
-    made: Task = KINDS[config.task](config, train, validation)
+        kinds[config.task] = ImageClassification
+    kind = kinds[config.task]
+    metric = config.metric or next(iter(kind.metrics))
+    if metric not in kind.metrics:
+        raise ValueError(f"{config.task} has no metric {metric!r}{nearest(metric, kind.metrics)}")
+    made: Task = kind(config, train, validation)
+    made.metric = metric
     return made
 
 
@@ -124,7 +139,7 @@ class _Text(Task):
 class TextClassification(_Text):
     """Accuracy, F1 and Matthews correlation; the last is what CoLA is measured by."""
 
-    metric = "accuracy"
+    metrics = CLASSIFICATION
 
     def model_options(self, train: Split) -> dict[str, Any]:
         """The classes of the training set."""
@@ -169,7 +184,7 @@ def _logits(prediction: EvalPrediction) -> np.ndarray[Any, Any]:
 class TextRegression(_Text):
     """Pearson and Spearman correlation, which STS-B is measured by, and the mean squared error."""
 
-    metric = "pearson"
+    metrics: ClassVar[dict[str, bool]] = {"pearson": True, "spearman": True, "mse": False, "loss": False}
 
     def model_options(self, train: Split) -> dict[str, Any]:
         """One output, squared error."""
@@ -195,8 +210,7 @@ class TextRegression(_Text):
 class CausalLM(Task):
     """A prompt and its completion, or a conversation and its last message: the loss is on the latter alone."""
 
-    metric = "token_loss"
-    higher_is_better = False
+    metrics: ClassVar[dict[str, bool]] = {"token_loss": False, "perplexity": False}
 
     def __init__(self, config: Config, train: Split, validation: Split) -> None:
         self._config = config
