@@ -53,8 +53,8 @@ class NanoAdam(Optimizer):
         max_grad_norm: clip by the norm of what will be applied: held entries and gradients of dense tensors.
         maximize: ascend.
         capturable: `step()` may be captured in a CUDA graph; call `refresh()` between replays.
-        release_bytes: dense gradients to let gather before they are compacted together. Default: 0 (each at
-            once) on CPU, 64 MiB on GPUs, where a launch costs more.
+        release_bytes: bytes of dense gradients that may be alive together before they are compacted. Default: 0
+            (each at once) on CPU; on GPUs, where a launch costs more, a little more than the largest one takes.
 
     Raises:
         ValueError, TypeError: for an argument or a parameter that cannot be served, naming it and the remedy.
@@ -145,6 +145,7 @@ class NanoAdam(Optimizer):
         self._group_of: dict[Tensor, int] = {}
         self._window: list[int] = [-1] * len(self.param_groups)  # the step whose first gradient has arrived
         self._frozen: list[Tensor] = []
+        counts: dict[tuple[int, torch.device, int], Tensor] = {}
         ordinal = 0
         for i, group in enumerate(self.param_groups):
             selected: list[Slot] = []
@@ -159,6 +160,8 @@ class NanoAdam(Optimizer):
                 if slot is None:
                     slot = self._slots[parameter] = _make_slot(parameter, self.state[parameter], group, ordinal, name)
                 self._group_of[parameter] = i
+                step = slot.state["step"]
+                slot.state["step"] = counts.setdefault((i, step.device, slot.steps), step)
                 (dense if slot.layout is None else selected).append(slot)
                 if slot.layout is not None and self._releases(i):
                     self._release.attach(parameter)
@@ -291,10 +294,7 @@ class NanoAdam(Optimizer):
         group, (selected, dense) = self.param_groups[i], self._members[i]
         selected = [slot for slot in selected if slot.held is not None]
         dense = [slot for slot in dense if slot.weight.grad is not None]
-        if selected or dense:
-            torch._foreach_add_([slot.state["step"] for slot in (*selected, *dense)], 1)
-        for slot in (*selected, *dense):
-            slot.steps += 1
+        self._count([*selected, *dense])
         for slot in selected:
             if slot.steps % (MAX_AGE // 2) == 0:
                 reference.restamp(slot)
@@ -319,6 +319,24 @@ class NanoAdam(Optimizer):
         if not self._releases(i):
             for slot in selected:  # p.grad is still there, and is what zero_grad() speaks of
                 slot.held = None
+
+    def _count(self, slots: Sequence[Slot]) -> None:
+        """Count a step of these tensors. Those in step with each other share one count: one addition for all."""
+        sharing: dict[int, int] = {}
+        for slot in self._slots.values():
+            count = id(slot.state["step"])
+            sharing[count] = sharing.get(count, 0) + 1
+        for slot in slots:
+            sharing[id(slot.state["step"])] -= 1
+        counted: dict[int, Tensor] = {}
+        for slot in slots:
+            slot.steps += 1
+            old = slot.state["step"]
+            new = counted.get(id(old))
+            if new is None:  # a new count where others of the old one stand still
+                new = counted[id(old)] = old.add_(1) if sharing[id(old)] == 0 else old + 1
+                counted[id(new)] = new
+            slot.state["step"] = new
 
     # Gradients
 
@@ -417,6 +435,11 @@ class NanoAdam(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch: plain tensors and plain values, loadable with `torch.load(weights_only=True)`."""
         saved = super().state_dict()
+        # Tensors of the same age share their count here; whoever loads into this dict must find one for each.
+        saved["state"] = {
+            key: {**state, "step": state["step"].clone()} if "step" in state else state
+            for key, state in saved["state"].items()
+        }
         for group in saved["param_groups"]:
             if isinstance(group["density"], Schedule):
                 group["density"] = group["density"].to_dict()

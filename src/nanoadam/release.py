@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-GPU_BUDGET = 64 * 2**20
-"""Bytes of dense gradients that gather on a GPU: one launch then serves several tensors."""
+GPU_BUDGET = 1.25
+"""Bytes of dense gradients alive together on a GPU, as a multiple of the largest gradient. That one has to be
+alive at some time anyway, so letting as much gather elsewhere costs no memory, and one launch serves several."""
 
 # One hook per parameter, however many optimizers release its gradient: each has to see it before it is gone.
 # Values: (handle of the hook, weak references to the owners).
@@ -57,8 +58,8 @@ class GradientRelease:
 
     Args:
         owner: the optimizer; referred to weakly, so that it is freed when its user lets it go.
-        budget: bytes of dense gradients to let gather before they are compacted together; 0 compacts each at
-            once, None means 0 on the CPU and 64 MiB elsewhere.
+        budget: bytes of dense gradients that may be alive together, the one that comes next included; 0 compacts
+            each at once. None: 0 on the CPU, a little more than the largest gradient elsewhere (GPU_BUDGET).
     """
 
     def __init__(self, owner: Owner, budget: int | None) -> None:
@@ -68,6 +69,9 @@ class GradientRelease:
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._pending_bytes = 0
         self._callback_queued = False
+        self._largest = 0  # bytes of the largest gradient, as far as parameters tell
+        self._latest: Tensor | None = None
+        self._next_bytes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what came after it last time
         self._lock = threading.RLock()  # autograd runs hooks in one thread per device
         self._witness: tuple[Tensor, Tensor, int] | None = None
         self._witness_hook: tuple[Tensor, RemovableHandle] | None = None
@@ -77,6 +81,7 @@ class GradientRelease:
         if parameter in self._attached:
             return
         self._attached[parameter] = True
+        self._largest = max(self._largest, parameter.nbytes)
         if parameter not in _owners:
             _owners[parameter] = (parameter.register_post_accumulate_grad_hook(_hand_over), [])
         _owners[parameter][1].append(weakref.ref(self))
@@ -97,11 +102,14 @@ class GradientRelease:
         with self._lock:
             self.settle()
             self._pending.append((parameter, gradient))
-            self._pending_bytes += gradient.numel() * gradient.element_size()
+            self._pending_bytes += gradient.nbytes
+            if self._latest is not None:
+                self._next_bytes[self._latest] = gradient.nbytes
+            self._latest = parameter
             budget = self._budget
             if budget is None:
-                budget = 0 if gradient.device.type == "cpu" else GPU_BUDGET
-            if self._pending_bytes >= budget:
+                budget = 0 if gradient.device.type == "cpu" else int(GPU_BUDGET * self._largest)
+            if self._pending_bytes + self._next_bytes.get(parameter, self._largest) > budget:
                 self.flush()
             elif not self._callback_queued:
                 self._callback_queued = True
@@ -109,6 +117,7 @@ class GradientRelease:
 
     def _backward_ended(self) -> None:
         self._callback_queued = False
+        self._latest = None
         self.flush()
 
     def flush(self) -> None:

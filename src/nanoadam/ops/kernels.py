@@ -357,37 +357,36 @@ def _as_value(rank, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _limits(ranks, keep, SHIFT: tl.constexpr, INTERPOLATE: tl.constexpr):
-    """Ranks up to `low` are taken, and of rank `high` (the next one up) as many as are still wanted.
+def _search(ranks, least, most, SHIFT: tl.constexpr, INTERPOLATE: tl.constexpr):
+    """The lowest known rank with at least `least` at or below it, once they are at most `most` or it is exact.
 
-    A search for the rank with `keep` at or below it. Small weights lie about evenly around zero, so the next
-    probe is found by interpolating between the counts at both ends; every third one halves the interval, which
-    bounds the search whatever the weights.
+    Small weights lie about evenly around zero, so the next probe is found by interpolating between the counts at
+    both ends; every third one halves the interval, which bounds the search whatever the weights.
+
+    Returns `low` with `below` < least at or below it, and `high` with `upto` of them.
     """
     low = tl.full((), -1, tl.int32)
     below = tl.full((), 0, tl.int32)
     high = tl.max(tl.where(ranks == NEVER, -1, ranks), axis=0)
     upto = tl.sum((ranks != NEVER).to(tl.int32), axis=0)
-    wanted = tl.minimum(keep, upto)
+    aim = 0.5 * (least + most).to(tl.float32) - 0.5
     turn = tl.full((), 0, tl.int32)
-    while (upto != wanted) & (high - low > 1):
+    while (upto > most) & (high - low > 1):
         probe = low + (high - low) // 2
         if INTERPOLATE:
             bottom = _as_value(low, SHIFT)
-            share = ((wanted - below).to(tl.float32) - 0.5) / (upto - below).to(tl.float32)
+            share = (aim - below.to(tl.float32)) / (upto - below).to(tl.float32)
             value = bottom + (_as_value(high, SHIFT) - bottom) * share
             guess = tl.minimum(tl.maximum(value.to(tl.int32, bitcast=True) >> SHIFT, low + 1), high - 1)
             probe = tl.where(turn % 3 == 2, probe, guess)
         count = tl.sum((ranks <= probe).to(tl.int32), axis=0)
-        enough = count >= wanted
+        enough = count >= least
         high = tl.where(enough, probe, high)
         upto = tl.where(enough, count, upto)
         low = tl.where(enough, low, probe)
         below = tl.where(enough, below, count)
         turn += 1
-    low = tl.where(upto == wanted, high, low)
-    below = tl.where(upto == wanted, wanted, below)
-    return low, high, wanted - below, wanted
+    return low, below, high, upto
 
 
 @triton.jit
@@ -447,21 +446,6 @@ def _ranks(
         values = _values(row, WEIGHT, SPATIAL, start, lane, live, WEIGHT_TYPE, CHANNELS_LAST, ALIGNED)
         ranks = tl.where(values == 0.0, NEVER, ranks)
     return tl.where(live, ranks, NEVER)
-
-
-@triton.jit
-def _sampled_limit(ranks, least, most, LOG: tl.constexpr):
-    """A rank with between `least` and `most` of the sample at or below it, if the search comes across one."""
-    low = tl.full((), -1, tl.int32)
-    high = tl.full((), (1 << LOG) - 1, tl.int32)  # above every rank but NEVER
-    found = tl.full((), 0, tl.int32)
-    while (found == 0) & (high - low > 1):
-        middle = low + (high - low) // 2
-        count = tl.sum((ranks <= middle).to(tl.int32), axis=0)
-        low = tl.where(count < least, middle, low)
-        high = tl.where(count < least, high, middle)
-        found = ((count >= least) & (count <= most)).to(tl.int32)
-    return high
 
 
 @triton.jit
@@ -581,7 +565,8 @@ def select(
             )
             expected = keep.to(tl.float32) * taken.to(tl.float32) / length.to(tl.float32)
             least = (expected + 3.0 * tl.sqrt(expected) + 2.0).to(tl.int32)
-            limit = _sampled_limit(sampled, least, least + least // 4, BITS)
+            _, _, limit, upto = _search(sampled, least, least + least // 4, SHIFT, CRITERION == 0)
+            limit = tl.where(upto < least, (1 << BITS) - 1, limit)  # too few may be selected: look at all
             members = tl.full((), 0, tl.int32)
             for first in range(0, length, PART):
                 if PACKED:
@@ -686,7 +671,11 @@ def select(
             CHANNELS_LAST,
             ALIGNED,
         )
-        low, high, ties, wanted = _limits(ranks, keep, SHIFT, CRITERION == 0)
+        wanted = tl.minimum(keep, tl.sum((ranks != NEVER).to(tl.int32), axis=0))
+        low, below, high, upto = _search(ranks, wanted, wanted, SHIFT, CRITERION == 0)
+        # All up to `low` are taken, and of those at `high`, which are equal, the first `ties`.
+        low = tl.where(upto == wanted, high, low)
+        ties = tl.where(upto == wanted, 0, wanted - below)
         # One running count for both: weights surely taken in the low half, ties in the high half.
         sure = (ranks <= low).to(tl.int32)
         tie = ((ranks == high) & (ranks > low)).to(tl.int32)

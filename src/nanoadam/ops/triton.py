@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,9 +73,14 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     table = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        table = table.pin_memory()
+        _captured.append(table)
+    return table.to(device, non_blocking=True)
+
+
+_captured: list[Tensor] = []
+"""Tables that a CUDA graph copies from the host whenever it is replayed."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,8 +101,8 @@ def _corrections(beta1: float, beta2: float, device: torch.device) -> Tensor:
 def _row(slot: Slot) -> list[int]:
     """The table's columns that stay the same until the next selection."""
     cached = slot.cache.get("row")
-    address = slot.weight.data_ptr()
-    if cached is not None and cached[0] == (slot.version, address):
+    address, count = slot.weight.data_ptr(), slot.state["step"].data_ptr()
+    if cached is not None and cached[0] == (slot.version, address, count):
         row: list[int] = cached[1]
         return row
     state, lay, weight = slot.state, slot.layout, slot.weight
@@ -109,7 +115,7 @@ def _row(slot: Slot) -> list[int]:
         state["born"].data_ptr(),
         int(state["born"].numel() > 1),
         0,
-        state["step"].data_ptr(),
+        count,
         slot.ordinal,
         lay.line,
         lay.chunk,
@@ -124,7 +130,7 @@ def _row(slot: Slot) -> list[int]:
         1,
         0,
     ]
-    slot.cache["row"] = ((slot.version, address), row)
+    slot.cache["row"] = ((slot.version, address, count), row)
     return row
 
 
@@ -191,67 +197,86 @@ def _scalars(adam: Adam, device: torch.device, anything: Tensor) -> dict[str, An
     }
 
 
-def _cached_table(
-    name: str, slots: list[Slot], signature: list[int], build: Callable[[], list[list[int]]]
-) -> tuple[Tensor, Tensor, int]:
-    """A list's table, block map and number of blocks, rebuilt when an address in `signature` has changed."""
+@dataclass(frozen=True)
+class _Launch:
+    """Tensors that one launch serves, and what they have in common."""
+
+    kind: tuple[Any, ...]
+    members: list[Slot]
+    table: Tensor
+    block_rows: Tensor
+    blocks: int
+
+
+def _launches(
+    name: str,
+    slots: list[Slot],
+    signature: list[Any],
+    kind: Callable[[Slot], tuple[Any, ...]],
+    row: Callable[[Slot], list[int]],
+) -> list[_Launch]:
+    """How a list is launched; worked out anew only when something in `signature` has changed."""
     cached = slots[0].cache.get(name)
     if cached is not None and cached[0] == signature and cached[1] == slots:
-        entry: tuple[Tensor, Tensor, int] = cached[2]
-        return entry
-    rows, first = build(), 0
-    blocks = []
-    for row in rows:
-        row[kernels.FIRST.value] = first
-        blocks.append(triton.cdiv(row[kernels.SELECTED.value], BLOCK))
-        first += blocks[-1]
+        known: list[_Launch] = cached[2]
+        return known
+    launches = []
     device = slots[0].weight.device
-    entry = _upload(rows, device), _block_rows(tuple(blocks), device), first
-    slots[0].cache[name] = (signature, list(slots), entry)
-    return entry
+    for what, members in _partition(slots, kind):
+        rows, blocks, first = [row(slot) for slot in members], [], 0
+        for numbers in rows:
+            numbers[kernels.FIRST.value] = first
+            blocks.append(triton.cdiv(numbers[kernels.SELECTED.value], BLOCK))
+            first += blocks[-1]
+        launches.append(_Launch(what, members, _upload(rows, device), _block_rows(tuple(blocks), device), first))
+    slots[0].cache[name] = (signature, slots, launches)
+    return launches
 
 
-def _kind(adam: Adam, slot: Slot, gradient: Tensor | None) -> tuple[Any, ...]:
-    """What has to be equal in one launch; first 0 where only the reference can serve, 2 for channels-last."""
-    weight = slot.weight
-    return (
-        min(_spatial(weight), 2),
-        -1 if adam.capturable else slot.steps,
-        weight.dtype,
-        slot.state["exp_avg"].dtype,
-        None if gradient is None else gradient.dtype,
-        weight.numel() >= 2**31,
-    )
+def _by_steps(slots: Sequence[Slot], adam: Adam) -> Iterable[list[Slot]]:
+    """Slots that have had the same number of updates, which a launch takes from the host unless captured."""
+    if adam.capturable or all(slot.steps == slots[0].steps for slot in slots):
+        return [list(slots)] if slots else []
+    return [members for _, members in _partition(slots, lambda slot: slot.steps)]
 
 
 def update(slots: Sequence[Slot], adam: Adam) -> None:
-    for kind, members in _partition(slots, lambda slot: _kind(adam, slot, slot.held)):
-        if kind[0] == 0:
-            reference.update(members, adam)
-            continue
+    def kind(slot: Slot) -> tuple[Any, ...]:
+        assert slot.held is not None
+        weight = slot.weight
+        strides = min(_spatial(weight), 2)
+        return strides, weight.dtype, slot.state["exp_avg"].dtype, slot.held.dtype, weight.numel() >= 2**31
 
-        def build(members: list[Slot] = members) -> list[list[int]]:
-            rows = [_row(slot).copy() for slot in members]
-            for row, slot in zip(rows, members, strict=True):
-                row[kernels.HELD.value] = slot.held.data_ptr() if slot.held is not None else 0
-            return rows
+    def row(slot: Slot) -> list[int]:
+        numbers = _row(slot).copy()
+        numbers[kernels.HELD.value] = slot.held.data_ptr() if slot.held is not None else 0
+        return numbers
 
-        signature = [slot.version for slot in members] + [slot.weight.data_ptr() for slot in members]
-        signature += [slot.held.data_ptr() for slot in members if slot.held is not None]
-        table, block_rows, blocks = _cached_table("update", members, signature, build)
-        strides, step, weight_type, state_type, held_type, wide = kind
-        with _on(table.device):
-            kernels.update[(blocks,)](
-                table,
-                block_rows,
-                step=step & 0x7FFFFFFF,
-                WEIGHT_TYPE=_TYPES[weight_type],
-                HELD_TYPE=_TYPES[held_type],
-                STATE_TYPE=_TYPES[state_type],
-                CHANNELS_LAST=strides == 2,
-                WIDE=wide,
-                **_scalars(adam, table.device, table),
-            )
+    for members in _by_steps(slots, adam):
+        signature: list[Any] = [
+            (slot.version, slot.weight.data_ptr(), slot.held.data_ptr(), slot.held.dtype)
+            for slot in members
+            if slot.held is not None
+        ]
+        if adam.capturable:
+            signature.extend(slot.state["step"].data_ptr() for slot in members)
+        for launch in _launches("update", members, signature, kind, row):
+            strides, weight_type, state_type, held_type, wide = launch.kind
+            if strides == 0:
+                reference.update(launch.members, adam)
+                continue
+            with _on(launch.table.device):
+                kernels.update[(launch.blocks,)](
+                    launch.table,
+                    launch.block_rows,
+                    step=members[0].steps & 0x7FFFFFFF,
+                    WEIGHT_TYPE=_TYPES[weight_type],
+                    HELD_TYPE=_TYPES[held_type],
+                    STATE_TYPE=_TYPES[state_type],
+                    CHANNELS_LAST=strides == 2,
+                    WIDE=wide,
+                    **_scalars(adam, launch.table.device, launch.table),
+                )
 
 
 def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
@@ -260,50 +285,49 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
         if gradient.stride() != slot.weight.stride():
             of[slot] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
 
-    def kind_of(slot: Slot) -> tuple[Any, ...]:
-        aligned = _aligned(slot.weight, slot.weight.numel()) and _aligned(of[slot])
-        return (*_kind(adam, slot, of[slot]), aligned)
+    def kind(slot: Slot) -> tuple[Any, ...]:
+        weight, gradient = slot.weight, of[slot]
+        aligned = _aligned(weight, weight.numel()) and _aligned(gradient)
+        state = slot.state["exp_avg"].dtype
+        return min(_spatial(weight), 2), weight.dtype, state, gradient.dtype, weight.numel() >= 2**31, aligned
 
-    for kind, members in _partition(slots, kind_of):
-        if kind[0] == 0:
-            reference.update_dense(members, [of[slot] for slot in members], adam)
-            continue
+    def row(slot: Slot) -> list[int]:
+        weight, numbers = slot.weight, [0] * kernels.COLUMNS.value
+        numbers[kernels.WEIGHT.value] = weight.data_ptr()
+        numbers[kernels.GRADIENT.value] = of[slot].data_ptr()
+        numbers[kernels.EXP_AVG.value] = slot.state["exp_avg"].data_ptr()
+        numbers[kernels.EXP_AVG_SQ.value] = slot.state["exp_avg_sq"].data_ptr()
+        numbers[kernels.STEP.value] = slot.state["step"].data_ptr()
+        numbers[kernels.ORDINAL.value] = slot.ordinal
+        numbers[kernels.SELECTED.value] = weight.numel()
+        numbers[kernels.ROW.value] = weight.numel() // weight.shape[0] if weight.dim() else 1
+        numbers[kernels.SPATIAL.value] = _spatial(weight)
+        return numbers
 
-        def build(members: list[Slot] = members) -> list[list[int]]:
-            rows = []
-            for slot in members:
-                row = [0] * kernels.COLUMNS.value
-                row[kernels.WEIGHT.value] = slot.weight.data_ptr()
-                row[kernels.GRADIENT.value] = of[slot].data_ptr()
-                row[kernels.EXP_AVG.value] = slot.state["exp_avg"].data_ptr()
-                row[kernels.EXP_AVG_SQ.value] = slot.state["exp_avg_sq"].data_ptr()
-                row[kernels.STEP.value] = slot.state["step"].data_ptr()
-                row[kernels.ORDINAL.value] = slot.ordinal
-                row[kernels.SELECTED.value] = slot.weight.numel()
-                row[kernels.ROW.value] = slot.weight.numel() // slot.weight.shape[0] if slot.weight.dim() else 1
-                row[kernels.SPATIAL.value] = _spatial(slot.weight)
-                rows.append(row)
-            return rows
-
-        signature = [slot.version for slot in members] + [slot.weight.data_ptr() for slot in members]
-        signature += [of[slot].data_ptr() for slot in members]
-        table, block_rows, blocks = _cached_table("dense", members, signature, build)
-        strides, step, weight_type, state_type, gradient_type, wide, aligned = kind
-        with _on(table.device):
-            kernels.update_dense[(blocks,)](
-                table,
-                block_rows,
-                step=step & 0x7FFFFFFF,
-                log_beta1=math.log2(max(adam.beta1, 1e-30)),
-                log_beta2=math.log2(max(adam.beta2, 1e-30)),
-                WEIGHT_TYPE=_TYPES[weight_type],
-                GRADIENT_TYPE=_TYPES[gradient_type],
-                STATE_TYPE=_TYPES[state_type],
-                CHANNELS_LAST=strides == 2,
-                ALIGNED=aligned,
-                WIDE=wide,
-                **_scalars(adam, table.device, table),
-            )
+    for members in _by_steps(slots, adam):
+        signature: list[Any] = [(slot.weight.data_ptr(), of[slot].data_ptr(), of[slot].dtype) for slot in members]
+        if adam.capturable:
+            signature.extend(slot.state["step"].data_ptr() for slot in members)
+        for launch in _launches("dense", members, signature, kind, row):
+            strides, weight_type, state_type, gradient_type, wide, aligned = launch.kind
+            if strides == 0:
+                reference.update_dense(launch.members, [of[slot] for slot in launch.members], adam)
+                continue
+            with _on(launch.table.device):
+                kernels.update_dense[(launch.blocks,)](
+                    launch.table,
+                    launch.block_rows,
+                    step=members[0].steps & 0x7FFFFFFF,
+                    log_beta1=math.log2(max(adam.beta1, 1e-30)),
+                    log_beta2=math.log2(max(adam.beta2, 1e-30)),
+                    WEIGHT_TYPE=_TYPES[weight_type],
+                    GRADIENT_TYPE=_TYPES[gradient_type],
+                    STATE_TYPE=_TYPES[state_type],
+                    CHANNELS_LAST=strides == 2,
+                    ALIGNED=aligned,
+                    WIDE=wide,
+                    **_scalars(adam, launch.table.device, launch.table),
+                )
 
 
 def select(
