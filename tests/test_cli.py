@@ -182,6 +182,17 @@ def test_a_missing_extra_is_named_before_any_work(module: str, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_without_the_lab_extra_names_it(tmp_path: Path) -> None:
+    arguments = ["finetune", "--model", "m", "--train", "t.jsonl", "--out", str(tmp_path / "run")]
+    done = python(
+        f"import sys; sys.modules['transformers'] = None; from nanoadam.cli import main; sys.exit(main({arguments}))"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(
+        "nanoadam: this command needs transformers, which is not installed: pip install 'nanoadam[lab]'\n"
+    )
+
+
 def test_an_error_that_is_no_fault_of_the_user_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: object) -> None:
         raise RuntimeError("a bug")

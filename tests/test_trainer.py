@@ -3,6 +3,7 @@
 import copy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from accelerate.utils import AutocastKwargs
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import nanoadam
 import tiny
@@ -256,6 +257,17 @@ def test_the_callback_refuses_another_optimizer(tmp_path: Path) -> None:
     run = Trainer(tiny.bert(), arguments(tmp_path), train_dataset=rows(), callbacks=[NanoAdamCallback()])
     with pytest.raises(ValueError, match=r"watches a NanoAdam, but this Trainer has AdamW"):
         run.train()
+
+
+def test_release_under_ddp_is_refused() -> None:
+    model = tiny.bert()
+    made, kwargs = nanoadam.for_trainer(model, **OPTIONS)
+    args = SimpleNamespace(world_size=2, max_grad_norm=0.0, output_dir=".")
+    begin = {"model": model, "optimizer": made(**kwargs)}
+    with pytest.raises(ValueError, match=r"averaged them over 2 processes: use NanoAdam\(gradient_release=False\)"):
+        NanoAdamCallback().on_train_begin(args, TrainerState(), TrainerControl(), **begin)
+    begin["optimizer"].release(False)
+    NanoAdamCallback().on_train_begin(args, TrainerState(), TrainerControl(), **begin)
 
 
 @pytest.mark.parametrize(
