@@ -1,0 +1,1 @@
+"""The optimizers that NanoAdam is compared with."""
