@@ -1,0 +1,264 @@
+"""Every optimizer of the registry through the same claims; those whose library is missing are skipped."""
+
+import importlib.util
+import io
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from nanoadam import baselines, param_groups
+from nanoadam.baselines import BASELINES
+
+# Name, options, a learning rate that suits it; weights change sooner with a small rank or window.
+CASES = {
+    "nanoadam": ("nanoadam", {"density": 0.25, "mask_interval": 10}, 1e-2),
+    "adamw": ("adamw", {}, 1e-2),
+    "sgd": ("sgd", {}, 1e-1),
+    "adafactor": ("adafactor", {}, 1e-1),
+    "adamw8bit": ("adamw8bit", {}, 1e-2),
+    "torchao": ("adamw8bit", {"backend": "torchao"}, 1e-2),
+    "galore": ("galore", {"rank": 8, "update_interval": 4}, 1e-2),
+    "apollo": ("apollo", {"rank": 8, "update_interval": 4}, 1e-2),
+    "microadam": ("microadam", {}, 1e-2),
+    "lora": ("lora", {}, 1e-2),
+    "lora by nanoadam": ("lora", {"trainer": "nanoadam", "density": 0.25}, 1e-2),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    name, options, lr = CASES[request.param]
+    for package in {BASELINES[name].package, options.get("backend")} - {None}:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    if options.get("backend") == "torchao":
+        # It compiles its step, which takes longer than all other tests here together.
+        with torch.compiler.set_stance("force_eager"):
+            yield name, options, lr
+    else:
+        yield name, options, lr
+
+
+class Tiny(nn.Module):
+    """Matrices of 4096 weights: the fewest that 8-bit optimizers quantize."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.norm(self.first(x))))))
+
+
+def made(case, dtype=torch.float32, **more):
+    name, options, lr = case
+    model = Tiny().to(dtype)
+    if name == "lora":
+        model = baselines.apply_lora(model, rank=4)
+    return model, baselines.make(name, model, more.pop("lr", lr), **options, **more)
+
+
+def data(dtype, rows=64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 64, generator=generator)
+    return x.to(dtype), (x[:, :4] * 2).argmax(1)
+
+
+def train(model, optimizer, steps, dtype=torch.float32):
+    x, y = data(dtype)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(x).float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_trains(case, dtype):
+    model, optimizer = made(case, dtype)
+    losses = train(model, optimizer, 40, dtype)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_from_a_checkpoint_bit_for_bit(case, dtype):
+    through, interrupted, resumed = (made(case, dtype) for _ in range(3))
+    train(*interrupted, 5, dtype)
+    file = io.BytesIO()
+    torch.save({"model": interrupted[0].state_dict(), "optimizer": interrupted[1].state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed[0].load_state_dict(saved["model"])
+    resumed[1].load_state_dict(saved["optimizer"])
+    torch.manual_seed(3)  # as a run restores it
+    train(*interrupted, 5, dtype)
+    torch.manual_seed(3)
+    train(*resumed, 5, dtype)
+    assert not torch.equal(through[0].head.weight, resumed[0].head.weight)
+    for name, weight in weights(interrupted[0]).items():
+        assert torch.equal(weight, resumed[0].get_parameter(name)), name
+
+
+def test_weight_decay_is_what_it_says(case):
+    lr, decay = 1e-2, 0.5
+    model, optimizer = made(case, lr=lr, weight_decay=decay)
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    kind = BASELINES[case[0]].decay
+    shrunk = 1 - lr * decay * ((1 - 0.999) ** 0.5 / (1 - 0.9) if "bias correction" in kind else 1)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or parameter.dim() < 2:
+            assert torch.equal(parameter, before[name]), name
+            continue
+        close = torch.isclose(parameter, before[name] * shrunk, rtol=1e-6, atol=0)
+        if ("selected" in kind or "trainer" in case[1]) and "head" not in name:
+            assert torch.equal(parameter[~close], before[name][~close])
+            assert close.float().mean() >= 0.25
+        else:
+            assert close.all(), name
+
+
+def test_gradients_of_several_backward_passes_add_up(case):
+    results = []
+    for passes in (1, 2):
+        model, optimizer = made(case)
+        x, y = data(torch.float32)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part_x, part_y in zip(x.chunk(passes), y.chunk(passes), strict=True):
+                (nn.functional.cross_entropy(model(part_x), part_y) / passes).backward()
+            optimizer.step()
+        results.append(model)
+    drift = max((a - b).abs().max() for a, b in zip(*(weights(m).values() for m in results), strict=True))
+    start = weights(made(case)[0])
+    moved = max((weight - start[name]).abs().max() for name, weight in weights(results[0]).items())
+    assert drift < 0.2 * moved
+
+
+def test_a_scheduler_sets_its_learning_rate(case):
+    model, optimizer = made(case)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.0)
+    for i in range(3):
+        before = weights(model)
+        train(model, optimizer, 1)
+        schedule.step()
+        moved = any(not torch.equal(before[name], weight) for name, weight in weights(model).items())
+        assert moved == (i < 2)
+
+
+def test_it_takes_groups_like_the_model(case):
+    name, options, lr = case
+    results = []
+    for as_groups in (False, True):
+        model = Tiny()
+        if name == "lora":
+            model = baselines.apply_lora(model, rank=4)
+        torch.manual_seed(0)
+        optimizer = baselines.make(name, param_groups(model) if as_groups else model, lr, **options)
+        train(model, optimizer, 2)
+        results.append(weights(model))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+# Equal treatment
+
+
+def state_of(case, parameter_name):
+    model, optimizer = made(case)
+    train(model, optimizer, 1)
+    return optimizer.state[model.get_parameter(parameter_name)]
+
+
+def test_the_head_is_trained_in_full_where_the_method_can():
+    shape = (4, 64)
+    for name in ("galore", "apollo", "microadam", "nanoadam"):
+        if BASELINES[name].package is None or importlib.util.find_spec(BASELINES[name].package) is not None:
+            assert state_of(CASES[name], "head.weight")["exp_avg"].shape == shape, name
+
+
+def test_bitsandbytes_keeps_the_state_of_dense_groups_in_32_bits():
+    pytest.importorskip("bitsandbytes")
+    groups = [{"params": [nn.Parameter(torch.ones(64, 64))], "dense": dense} for dense in (False, True)]
+    optimizer = baselines.make("adamw8bit", groups, 1e-3)
+    for group in groups:
+        group["params"][0].grad = torch.ones(64, 64)
+    optimizer.step()
+    dtypes = [optimizer.state[group["params"][0]]["state1"].dtype for group in groups]
+    assert dtypes == [torch.uint8, torch.float32]
+
+
+def test_low_rank_methods_project_the_matrices_of_linear_layers_alone():
+    pytest.importorskip("pytorch_optimizer")
+    model = nn.Module()
+    model.embedding, model.body = nn.Embedding(8, 64), Tiny()
+    optimizer = baselines.make("galore", model, 1e-3)
+    projected = [name for group in optimizer.param_groups if "rank" in group for name in group["param_names"]]
+    assert sorted(projected) == ["body.first.weight", "body.second.weight"]
+    assert next(group["rank"] for group in optimizer.param_groups if "rank" in group) == 256
+
+
+def test_lora_trains_adapters_of_all_linear_layers_and_a_new_head():
+    pytest.importorskip("peft")
+    model = baselines.apply_lora(Tiny().bfloat16())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapters = [name for name in trained if "lora_" in name]
+    assert len(adapters) == 4 and all(trained[name].dtype == torch.float32 for name in adapters)
+    assert all(trained[name].shape in ((32, 64), (64, 32)) for name in adapters)
+    assert sorted(name.rpartition(".")[2] for name in trained if "lora_" not in name) == ["bias", "weight"]
+    assert all("head" in name for name in trained if "lora_" not in name)
+
+
+def test_lora_freezes_the_output_embedding_of_a_language_model():
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = baselines.apply_lora(transformers.LlamaForCausalLM(config), rank=2)
+    assert not any("lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="adapters already"):
+        baselines.apply_lora(model)
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize("name", [name for name, entry in BASELINES.items() if entry.package and entry.cpu])
+def test_a_missing_library_is_named_with_the_command_that_installs_it(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, BASELINES[name].package, None)
+    with pytest.raises(ImportError, match=r"pip install 'nanoadam\[baselines\]'"):
+        baselines.apply_lora(Tiny()) if name == "lora" else baselines.make(name, Tiny(), 1e-3)
+
+
+def test_what_is_asked_wrongly_gets_a_sentence():
+    with pytest.raises(ValueError, match="optimizer 'adam' is unknown: choose from nanoadam, adamw"):
+        baselines.make("adam", Tiny(), 1e-3)
+    with pytest.raises(ValueError, match="galore has no option 'density': it takes rank"):
+        baselines.make("galore", Tiny(), 1e-3, density=0.1)
+    with pytest.raises(ValueError, match="backend must be"):
+        baselines.make("adamw8bit", Tiny(), 1e-3, backend="apex")
+    with pytest.raises(ValueError, match=r"apply_lora\(model\) first"):
+        baselines.make("lora", Tiny(), 1e-3)
+    with pytest.raises(ValueError, match="CUDA"):
+        baselines.make("flashadamw", Tiny(), 1e-3)
+
+
+def test_limits_are_said():
+    assert BASELINES["nanoadam"].limits == ("weight decay is decoupled, on selected weights",)
+    assert "keeps all dense gradients until step()" in BASELINES["microadam"].limits
+    assert "GPU only" in BASELINES["flashadamw"].limits
+    assert "no accumulation with gradient release" in BASELINES["flashadamw"].limits
+    assert "density" in BASELINES["nanoadam"].options and "window" in BASELINES["microadam"].options
