@@ -1,0 +1,42 @@
+"""Run every kernel on small, awkward tensors, for a memory or race checker:
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/kernels_once.py
+compute-sanitizer --tool racecheck python tests/gpu/kernels_once.py
+"""
+
+import torch
+
+from nanoadam.optimizer import NanoAdam
+from nanoadam.schedules import linear
+
+SHAPES = [(40, 130), (3, 4500), (1, 1), (64, 700), (8, 4, 3, 3), (5000,)]
+
+
+def train(dtype, density, device="cuda", **options):
+    torch.manual_seed(0)
+    parameters = []
+    for shape in SHAPES:
+        weight = torch.randn(shape, device=device)
+        weight[torch.rand(shape, device=device) < 0.3] = 0.0  # ties
+        if weight.dim() == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        parameters.append(torch.nn.Parameter(weight.to(dtype)))
+    opt = NanoAdam(parameters, lr=1e-3, density=density, mask_interval=2, max_grad_norm=1.0, **options)
+    for _ in range(5):
+        for _ in range(2):
+            sum((p.float() * torch.randn_like(p.float())).sum() for p in parameters).backward()
+        opt.step()
+        if opt.param_groups[0]["steps"] % 2:  # a refresh then finds held gradients to carry
+            opt.zero_grad()
+
+
+if __name__ == "__main__":
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        train(dtype, 0.01)
+    train(torch.bfloat16, linear(0.4, 0.05, total_steps=4, interval=1))
+    train(torch.bfloat16, 1.0, state_dtype=torch.float32, grad_dtype=torch.bfloat16)
+    train(torch.float32, 0.1, criterion="random", keep_zeros=True)
+    train(torch.bfloat16, 0.1, criterion="largest", moments="reset")
+    train(torch.float16, 0.1, criterion="gradient")
+    torch.cuda.synchronize()
+    print("done")
