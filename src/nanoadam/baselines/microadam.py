@@ -11,6 +11,7 @@ as large as a GPU's shared memory allows), and ties go to the lower position, so
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ class MicroAdam(Optimizer):
             "seed": seed,
             "dense": False,
         }
-        self._slots: dict[Tensor, Slot] = {}  # of dense tensors: the backend keeps what it has worked out there
+        self._slots: dict[Tensor, Slot] = {}  # made anew from state and groups whenever those are replaced
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -127,46 +128,45 @@ class MicroAdam(Optimizer):
         ordinal = 0
         for group in self.param_groups:
             dense: list[Slot] = []
+            sparse: list[Slot] = []
             for parameter in group["params"]:
                 ordinal += 1
                 if parameter.grad is None or parameter.numel() == 0:
                     continue
                 if parameter.grad.layout != torch.strided:
                     raise TypeError(f"MicroAdam needs dense gradients; parameter {ordinal - 1} has a sparse one")
-                state = self._make_state(parameter, group)
-                state["step"] += 1
-                number = int(state["step"].item())
-                if _is_dense(parameter, group):
-                    slot = self._slots.setdefault(parameter, Slot(parameter, state, ordinal))
-                    slot.steps = number
-                    dense.append(slot)
-                else:
-                    self._update(parameter, state, group, number, ordinal)
+                slot = self._slots.get(parameter)
+                if slot is None:
+                    slot = self._slots[parameter] = Slot(parameter, self._make_state(parameter, group), ordinal)
+                    slot.steps = int(slot.state["step"].item())
+                slot.state["step"] += 1
+                slot.steps += 1
+                (dense if _is_dense(parameter, group) else sparse).append(slot)
+            self._update(sparse, group)
             self._update_dense(dense, group)
         return loss
 
     @staticmethod
-    def _update(
-        parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], number: int, ordinal: int
-    ) -> None:
-        key = tensor_key(seed_key(group["seed"]), number, ordinal) if group["stochastic_rounding"] else None
-        step = Step(
-            lr=float(group["lr"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            number=number,
-            window=group["window"],
-            key=key,
-        )
-        assert parameter.grad is not None
-        weight = parameter.detach()
-        flat = weight.reshape(-1)  # a copy unless it is contiguous
-        blocks = blocks_of(flat.numel(), group["density"], group["block_size"])
-        update(flat, parameter.grad.reshape(-1), state, blocks, step)
-        if not weight.is_contiguous():
-            weight.copy_(flat.view(weight.shape))
+    def _update(slots: list[Slot], group: Mapping[str, Any]) -> None:
+        """Algorithm 1: one launch for tensors that a kernel serves, one tensor after another otherwise."""
+        key = seed_key(group["seed"]) if group["stochastic_rounding"] else None
+        jobs: dict[tuple[torch.device, int], list[Any]] = {}
+        for slot in slots:
+            weight, gradient = slot.weight.detach(), slot.weight.grad
+            assert gradient is not None
+            blocks = blocks_of(weight.numel(), group["density"], group["block_size"])
+            kernel = _kernel(weight.device)
+            if kernel is not None and kernel.serves(weight, blocks):
+                job = kernel.Job(weight, gradient.contiguous(), slot.state, blocks, slot.ordinal)
+                jobs.setdefault((weight.device, slot.steps), []).append(job)
+                continue
+            flat = weight.reshape(-1)  # a copy unless it is contiguous
+            own_key = None if key is None else tensor_key(key, slot.steps, slot.ordinal)
+            update(flat, gradient.reshape(-1), slot.state, blocks, _step_of(group, slot.steps, own_key))
+            if not weight.is_contiguous():
+                weight.copy_(flat.view(weight.shape))
+        for (device, number), members in jobs.items():
+            _kernel(device).update(members, _step_of(group, number, None), key)
 
     @staticmethod
     def _update_dense(slots: list[Slot], group: Mapping[str, Any]) -> None:
@@ -217,6 +217,26 @@ class MicroAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._slots = {}
+
+
+def _kernel(device: torch.device) -> Any:
+    """The module of the Triton kernel where the operations of this project run on Triton, or None."""
+    if not backend(device).__name__.endswith("triton"):  # type: ignore[attr-defined]
+        return None
+    return importlib.import_module("nanoadam.baselines.window_triton")
+
+
+def _step_of(group: Mapping[str, Any], number: int, key: int | None) -> Step:
+    return Step(
+        lr=float(group["lr"]),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        number=number,
+        window=group["window"],
+        key=key,
+    )
 
 
 def _is_dense(parameter: Tensor, group: Mapping[str, Any]) -> bool:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nanoadam.ops.rounding import random_words, round_stochastically
 
@@ -180,8 +179,8 @@ def _compress(gradient: Tensor, state: Mapping[str, Tensor], part: Part) -> tupl
     place = largest(rows, part.keep)
     taken = rows.gather(1, place)
     rows.scatter_(1, place, 0)
-    if total.numel() % BUCKET:  # repeating the last one moves neither the smallest nor the largest
-        total = functional.pad(total[None], (0, -total.numel() % BUCKET), mode="replicate")[0]
+    if last := total.numel() % BUCKET:  # filled up with its smallest, which moves neither end and has the code 0
+        total = torch.cat([total, total[-last:].amin().expand(BUCKET - last)])
     for old, new in zip((error, low, high), quantize(total.view(-1, BUCKET)), strict=True):
         old.copy_(new)
     return place.to(torch.int16).view(-1), taken.view(-1)

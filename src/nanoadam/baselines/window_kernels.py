@@ -1,0 +1,164 @@
+"""The Triton kernel of MicroAdam's step: one launch for a list of tensors.
+
+Held to `window.py`: state bit for bit, weights within the rounding of torch's square root on the device compared with.
+
+A program works through blocks one after another. What a block needs of HBM it reads once: gradient, error, window
+and weights. Positions of the window are scattered into two float32 rows of scratch memory that belong to the program
+and stay in the L2 cache, since Triton cannot scatter within registers.
+"""
+
+# mypy: ignore-errors
+# Kernels are not Python: decorators and bodies mean something else.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nanoadam.ops.kernels import _even, _random_words, _tensor_key, _to_bf16
+
+BUCKET = tl.constexpr(64)
+POSITIONS = tl.constexpr(32768)  # in a block, at most: 15 bits
+
+# Columns of the table of tensors (int64), as `window_triton.py` writes them.
+WEIGHT = tl.constexpr(0)
+GRADIENT = tl.constexpr(1)
+ERROR = tl.constexpr(2)
+LOW = tl.constexpr(3)
+HIGH = tl.constexpr(4)
+INDEX = tl.constexpr(5)
+VALUE = tl.constexpr(6)
+ORDINAL = tl.constexpr(7)
+NUMEL = tl.constexpr(8)
+SIZE = tl.constexpr(9)  # of a full block
+KEEP = tl.constexpr(10)
+KEEP_TAIL = tl.constexpr(11)
+KEPT = tl.constexpr(12)
+FIRST = tl.constexpr(13)  # number of its first block in the launch
+COLUMNS = tl.constexpr(14)
+
+
+@triton.jit
+def _nearest(value):
+    """Float32, rounded to what bfloat16 can hold."""
+    return _to_bf16(value, _even(value)).to(tl.float32)
+
+
+@triton.jit
+def _threshold(key, keep):
+    """The `keep`-th largest of distinct keys of 30 bits, found bit by bit."""
+    found = 0
+    for i in range(30):
+        trial = found | (1 << (29 - i))
+        found = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= keep, trial, found)
+    return found
+
+
+@triton.jit(do_not_specialize=["blocks", "row", "filled", "key", "number"])
+def step(
+    table,  # int64 [tensors, COLUMNS]
+    tensor_of,  # int32 [blocks]: which tensor a block belongs to
+    factors,  # float32 [window, 2]: powers of beta1 and beta2 by row of the window
+    scratch,  # float32 [programs, 2, BLOCK]
+    blocks,
+    row,  # of the window that is written now
+    filled,  # rows that hold a gradient, this one included
+    correction1,
+    correction2,
+    lr,
+    shrink,  # 1 - lr * weight_decay
+    eps,
+    key,
+    number,  # of this step, from 1
+    WEIGHT_TYPE: tl.constexpr,
+    GRADIENT_TYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,  # at least the entries of a block
+):
+    """One step of Algorithm 1 on every block of every tensor in the table."""
+    place = tl.arange(0, BLOCK)
+    lane = tl.arange(0, LANES)
+    first_moment = scratch + tl.program_id(0).to(tl.int64) * 2 * BLOCK
+    second_moment = first_moment + BLOCK
+    tl.store(first_moment + place, tl.zeros([BLOCK], tl.float32))
+    tl.store(second_moment + place, tl.zeros([BLOCK], tl.float32))
+
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        tensor = table + tl.load(tensor_of + block).to(tl.int64) * COLUMNS
+        size = tl.load(tensor + SIZE)
+        within = block - tl.load(tensor + FIRST)
+        start = within * size
+        length = tl.minimum(size, tl.load(tensor + NUMEL) - start)
+        full = tl.load(tensor + KEEP)
+        keep = tl.where(length == size, full, tl.load(tensor + KEEP_TAIL))
+        entry = within * full
+        valid = place < length
+        position = start + place
+
+        # The gradient plus the decoded error, in bfloat16.
+        error = tl.load(tensor + ERROR).to(tl.pointer_type(tl.uint8))
+        lows = tl.load(tensor + LOW).to(tl.pointer_type(tl.bfloat16))
+        highs = tl.load(tensor + HIGH).to(tl.pointer_type(tl.bfloat16))
+        gradient = tl.load(tensor + GRADIENT).to(tl.pointer_type(GRADIENT_TYPE))
+        code = (tl.load(error + position // 2, mask=valid, other=0).to(tl.int32) >> (4 * (place % 2))) & 15
+        low = tl.load(lows + position // BUCKET, mask=valid, other=0).to(tl.float32)
+        high = tl.load(highs + position // BUCKET, mask=valid, other=0).to(tl.float32)
+        decoded = _nearest(code.to(tl.float32) * tl.math.div_rn(high - low, 15.0) + low)
+        total = _nearest(tl.load(gradient + position, mask=valid, other=0).to(tl.float32) + decoded)
+
+        # Its largest entries go into the window.
+        magnitude = (total.to(tl.int32, bitcast=True) >> 16) & 0x7FFF
+        rank = tl.where(valid, (magnitude << 15) | (POSITIONS - 1 - place), -1)
+        taken = rank >= _threshold(rank, keep)
+        spot = tl.load(tensor + KEPT) * row + entry + tl.cumsum(taken.to(tl.int32), 0) - 1
+        index = tl.load(tensor + INDEX).to(tl.pointer_type(tl.int16))
+        value = tl.load(tensor + VALUE).to(tl.pointer_type(tl.bfloat16))
+        tl.store(index + spot, place.to(tl.int16), mask=taken)
+        tl.store(value + spot, _to_bf16(total, _even(total)), mask=taken)
+
+        # The rest is the new error.
+        rest = tl.reshape(tl.where(taken, 0.0, total), [BLOCK // BUCKET, BUCKET])
+        inside = tl.reshape(valid, [BLOCK // BUCKET, BUCKET])
+        bucket = tl.arange(0, BLOCK // BUCKET)
+        started = bucket * BUCKET < length
+        low = tl.where(started, tl.min(tl.where(inside, rest, float("inf")), 1), 0.0)
+        high = tl.where(started, tl.max(tl.where(inside, rest, float("-inf")), 1), 0.0)
+        scale = tl.math.div_rn(high - low, tl.full([BLOCK // BUCKET], 15.0, tl.float32))
+        scale = tl.where(scale == 0, 1.0, scale)
+        steps = tl.math.div_rn(rest - low[:, None], tl.broadcast_to(scale[:, None], [BLOCK // BUCKET, BUCKET])) + 0.5
+        code = tl.where(inside, steps, 0.0).to(tl.int32)
+        pairs = tl.reshape(code, [BLOCK // BUCKET, BUCKET // 2, 2]) << (4 * tl.arange(0, 2))[None, None, :]
+        pair = start // 2 + bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
+        tl.store(error + pair, tl.sum(pairs, 2).to(tl.uint8), mask=started[:, None])
+        tl.store(lows + start // BUCKET + bucket, _to_bf16(low, _even(low)), mask=started)
+        tl.store(highs + start // BUCKET + bucket, _to_bf16(high, _even(high)), mask=started)
+
+        # Moments from the window. No position twice in a row, so threads meet only between rows.
+        used = lane < keep
+        tl.debug_barrier()
+        for i in range(filled):
+            at = tl.load(tensor + KEPT) * i + entry + lane
+            where = tl.load(index + at, mask=used, other=0).to(tl.int32)
+            held = tl.load(value + at, mask=used, other=0).to(tl.float32)
+            first = tl.load(first_moment + where, mask=used) + held * tl.load(factors + 2 * i)
+            second = tl.load(second_moment + where, mask=used) + held * held * tl.load(factors + 2 * i + 1)
+            tl.store(first_moment + where, first, mask=used)
+            tl.store(second_moment + where, second, mask=used)
+            tl.debug_barrier()
+        first = tl.load(first_moment + place) * correction1
+        second = tl.load(second_moment + place) * correction2
+        tl.store(first_moment + place, tl.zeros([BLOCK], tl.float32))
+        tl.store(second_moment + place, tl.zeros([BLOCK], tl.float32))
+
+        weights = tl.load(tensor + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)) + position
+        weight = tl.load(weights, mask=valid, other=0).to(tl.float32)
+        weight = weight * shrink - lr * tl.math.div_rn(first, tl.math.sqrt_rn(second) + eps)
+        if WEIGHT_TYPE == tl.bfloat16:  # noqa: SIM300
+            noise = _even(weight)
+            if STOCHASTIC:
+                _, noise = _random_words(_tensor_key(key, number, tl.load(tensor + ORDINAL)), position)
+            tl.store(weights, _to_bf16(weight, noise), mask=valid)
+        else:
+            tl.store(weights, weight.to(WEIGHT_TYPE), mask=valid)
+        tl.debug_barrier()
