@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from nanoadam.chunks import Layout
-from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, kernels, reference
+from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, kernels, reference, selection
 
 BLOCK = 1024
 """Selected entries a program updates."""
@@ -414,7 +414,7 @@ def _select_batch(
             held = torch.empty(lay.selected, dtype=held.dtype, device=device)
         results.append((slot, lay, new, held))
         old = slot.layout or lay
-        row = [0] * kernels.SELECT_COLUMNS.value
+        row = [0] * selection.SELECT_COLUMNS.value
         for column, tensor in (
             (kernels.WEIGHT, slot.weight),
             (kernels.INDEX, state.get("index")),
@@ -423,11 +423,11 @@ def _select_batch(
             (kernels.BORN, state.get("born")),
             (kernels.HELD, slot.held),
             (kernels.GRADIENT, gradient),
-            (kernels.NEW_INDEX, new["index"]),
-            (kernels.NEW_EXP_AVG, new["exp_avg"]),
-            (kernels.NEW_EXP_AVG_SQ, new["exp_avg_sq"]),
-            (kernels.NEW_BORN, new["born"]),
-            (kernels.NEW_HELD, held),
+            (selection.NEW_INDEX, new["index"]),
+            (selection.NEW_EXP_AVG, new["exp_avg"]),
+            (selection.NEW_EXP_AVG_SQ, new["exp_avg_sq"]),
+            (selection.NEW_BORN, new["born"]),
+            (selection.NEW_HELD, held),
         ):
             row[column.value] = 0 if tensor is None else tensor.data_ptr()
         for column, number in (
@@ -436,18 +436,18 @@ def _select_batch(
             (kernels.LINE, lay.line),
             (kernels.CHUNK, lay.chunk),
             (kernels.FULL, lay.full),
-            (kernels.TAIL, lay.tail),
+            (selection.TAIL, lay.tail),
             (kernels.KEEP, old.keep),
-            (kernels.KEEP_TAIL, old.keep_tail),
+            (selection.KEEP_TAIL, old.keep_tail),
             (kernels.KEPT_PER_LINE, old.kept_per_line),
-            (kernels.NEW_KEEP, lay.keep),
-            (kernels.NEW_KEEP_TAIL, lay.keep_tail),
-            (kernels.NEW_KEPT_PER_LINE, lay.kept_per_line),
+            (selection.NEW_KEEP, lay.keep),
+            (selection.NEW_KEEP_TAIL, lay.keep_tail),
+            (selection.NEW_KEPT_PER_LINE, lay.kept_per_line),
             (kernels.ROW, slot.weight.numel() // slot.weight.shape[0]),
             (kernels.SPATIAL, _spatial(slot.weight)),
             (kernels.GRADIENT_SPATIAL, 1 if gradient is None else _spatial(gradient)),
             (kernels.FIRST, first),
-            (kernels.STEPS, slot.steps),
+            (selection.STEPS, slot.steps),
         ):
             row[column.value] = number
         rows.append(row)
@@ -457,12 +457,12 @@ def _select_batch(
     longest = max(min(lay.chunk, lay.line) for lay in lays)
     most = max(max(lay.keep, lay.keep_tail) for lay in lays)
     old_most = max(max(lay.keep, lay.keep_tail) for lay in (slot.layout or coming for slot, coming, _ in batch))
-    # Twice what is kept, and some: a limit guessed from a sample then seldom misses, see kernels.select.
+    # Twice what is kept, and some: a limit guessed from a sample then seldom misses, see selection.select.
     candidates = triton.next_power_of_2(min(longest, max(128, 2 * most + 64)))
     programs = min(first, _PROGRAMS_PER_PROCESSOR * _processors(device))
     scratch = torch.empty((programs, 2 * candidates), dtype=torch.int16, device=device)
     with _on(device):
-        kernels.select[(programs,)](
+        selection.select[(programs,)](
             _upload(rows, device),
             _block_rows(tuple(chunks), device),
             scratch,

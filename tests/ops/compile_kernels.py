@@ -1,0 +1,52 @@
+"""Compile every kernel for a GPU that need not be there; run by test_compile.py in a process without the interpreter."""
+
+import sys
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nanoadam.ops import kernels, selection
+
+POINTERS = {"table": "*i64", "block_rows": "*i32", "chunk_rows": "*i32", "scratch": "*i16"}
+POINTERS |= dict.fromkeys(("corrections", "lr_pointer", "scale_pointer"), "*fp32")
+NUMBERS = dict.fromkeys(("chunks", "key", "step"), "i32")
+
+UPDATE = {"LR_POINTER": False, "SCALE_POINTER": True, "STEP_POINTER": False, "MAXIMIZE": False, "STOCHASTIC": True}
+UPDATE |= {"WEIGHT_TYPE": tl.bfloat16, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False, "WIDE": False, "BLOCK": 1024}
+SELECT = {"CRITERION": 0, "KEEP_ZEROS": False, "CARRY": True, "CARRY_HELD": False, "WEIGHT_TYPE": tl.bfloat16}
+SELECT |= {"GRADIENT_TYPE": tl.bfloat16, "HELD_TYPE": tl.float32, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False}
+SELECT |= {"ALIGNED": True, "SIFT": True, "CANDIDATES": 256, "KEPT": 64, "SEARCH": 6, "SAMPLE": 512, "PART": 512}
+GATHER = {"GRADIENT_TYPE": tl.bfloat16, "HELD_TYPE": tl.float32, "CHANNELS_LAST": True, "WIDE": True, "BLOCK": 1024}
+
+CASES = [
+    (kernels.gather, GATHER, 4),
+    (kernels.update, UPDATE | {"HELD_TYPE": tl.float32}, 4),
+    (kernels.update, UPDATE | {"HELD_TYPE": tl.bfloat16, "CHANNELS_LAST": True, "STEP_POINTER": True, "WIDE": True}, 4),
+    (kernels.update_dense, UPDATE | {"GRADIENT_TYPE": tl.bfloat16, "ALIGNED": True}, 4),
+    (kernels.update_dense, UPDATE | {"GRADIENT_TYPE": tl.float32, "ALIGNED": False, "WEIGHT_TYPE": tl.float32}, 4),
+    (selection.select, SELECT, 1),
+    (selection.select, SELECT | {"WEIGHT_TYPE": tl.float32, "ALIGNED": False, "CARRY": False}, 1),
+    (selection.select, SELECT | {"CRITERION": 2, "KEEP_ZEROS": True, "CARRY_HELD": True}, 1),
+    (
+        selection.select,
+        SELECT | {"CRITERION": 3, "CHANNELS_LAST": True, "SIFT": False, "CANDIDATES": 1024, "KEPT": 512},
+        2,
+    ),
+]
+
+
+def compile_all(capability: int) -> None:
+    for kernel, constants, warps in CASES:
+        types = {name: (POINTERS | NUMBERS).get(name, "fp32") for name in kernel.arg_names}
+        types |= dict.fromkeys(constants, "constexpr")
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, types, places)
+        triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        print(f"sm_{capability}", kernel.__name__)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        compile_all(int(argument))
