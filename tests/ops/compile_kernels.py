@@ -1,4 +1,4 @@
-"""Compile every kernel for a GPU that need not be there; run by test_compile.py in a process without the interpreter."""
+"""Compile every kernel for a GPU that need not be there; `test_compile.py` runs it without the interpreter."""
 
 import sys
 
