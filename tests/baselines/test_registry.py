@@ -11,6 +11,8 @@ from torch import nn
 from nanoadam import baselines, param_groups
 from nanoadam.baselines import BASELINES
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 # Name, options, a learning rate that suits it; weights change sooner with a small rank or window.
 CASES = {
     "nanoadam": ("nanoadam", {"density": 0.25, "mask_interval": 10}, 1e-2),
@@ -56,7 +58,7 @@ class Tiny(nn.Module):
 
 def made(case, dtype=torch.float32, **more):
     name, options, lr = case
-    model = Tiny().to(dtype)
+    model = Tiny().to(DEVICE, dtype)
     if name == "lora":
         model = baselines.apply_lora(model, rank=4)
     return model, baselines.make(name, model, more.pop("lr", lr), **options, **more)
@@ -65,7 +67,7 @@ def made(case, dtype=torch.float32, **more):
 def data(dtype, rows=64):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, 64, generator=generator)
-    return x.to(dtype), (x[:, :4] * 2).argmax(1)
+    return x.to(DEVICE, dtype), (x[:, :4] * 2).argmax(1).to(DEVICE)
 
 
 def train(model, optimizer, steps, dtype=torch.float32):
@@ -163,7 +165,7 @@ def test_it_takes_groups_like_the_model(case):
     name, options, lr = case
     results = []
     for as_groups in (False, True):
-        model = Tiny()
+        model = Tiny().to(DEVICE)
         if name == "lora":
             model = baselines.apply_lora(model, rank=4)
         torch.manual_seed(0)
@@ -191,10 +193,10 @@ def test_the_head_is_trained_in_full_where_the_method_can():
 
 def test_bitsandbytes_keeps_the_state_of_dense_groups_in_32_bits():
     pytest.importorskip("bitsandbytes")
-    groups = [{"params": [nn.Parameter(torch.ones(64, 64))], "dense": dense} for dense in (False, True)]
+    groups = [{"params": [nn.Parameter(torch.ones(64, 64, device=DEVICE))], "dense": dense} for dense in (False, True)]
     optimizer = baselines.make("adamw8bit", groups, 1e-3)
     for group in groups:
-        group["params"][0].grad = torch.ones(64, 64)
+        group["params"][0].grad = torch.ones(64, 64, device=DEVICE)
     optimizer.step()
     dtypes = [optimizer.state[group["params"][0]]["state1"].dtype for group in groups]
     assert dtypes == [torch.uint8, torch.float32]

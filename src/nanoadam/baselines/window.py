@@ -21,8 +21,8 @@ BUCKET = 64
 MAX_BLOCK = 32768
 """Most weights in a block: a position within it fits int16."""
 
-SEGMENT_CPU, SEGMENT_GPU = 1 << 18, 1 << 24
-"""Weights worked on at once: temporary tensors take about 40 bytes for each. Never changes a result."""
+SEGMENT_CPU, SEGMENT_GPU = 1 << 18, 1 << 22
+"""Weights worked on at once: temporary tensors take about 50 bytes for each. Never changes a result."""
 
 
 @dataclass(frozen=True)

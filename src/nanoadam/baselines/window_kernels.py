@@ -94,24 +94,29 @@ def step(
         keep = tl.where(length == size, full, tl.load(tensor + KEEP_TAIL))
         entry = within * full
         valid = place < length
-        position = start + place
 
         # The gradient plus the decoded error, in bfloat16.
         error = tl.load(tensor + ERROR).to(tl.pointer_type(tl.uint8))
         lows = tl.load(tensor + LOW).to(tl.pointer_type(tl.bfloat16))
         highs = tl.load(tensor + HIGH).to(tl.pointer_type(tl.bfloat16))
         gradient = tl.load(tensor + GRADIENT).to(tl.pointer_type(GRADIENT_TYPE))
-        code = (tl.load(error + position // 2, mask=valid, other=0).to(tl.int32) >> (4 * (place % 2))) & 15
-        low = tl.load(lows + position // BUCKET, mask=valid, other=0).to(tl.float32)
-        high = tl.load(highs + position // BUCKET, mask=valid, other=0).to(tl.float32)
-        decoded = _nearest(code.to(tl.float32) * tl.math.div_rn(high - low, 15.0) + low)
-        total = _nearest(tl.load(gradient + position, mask=valid, other=0).to(tl.float32) + decoded)
+        error += start // 2
+        lows += start // BUCKET
+        highs += start // BUCKET
+        code = (tl.load(error + place // 2, mask=valid, other=0).to(tl.int32) >> (4 * (place % 2))) & 15
+        bucket = tl.arange(0, BLOCK // BUCKET)
+        started = bucket * BUCKET < length
+        low = tl.load(lows + bucket, mask=started, other=0).to(tl.float32)
+        scale = tl.math.div_rn(tl.load(highs + bucket, mask=started, other=0).to(tl.float32) - low, 15.0)
+        code = tl.reshape(code, [BLOCK // BUCKET, BUCKET]).to(tl.float32)
+        decoded = tl.reshape(_nearest(code * scale[:, None] + low[:, None]), [BLOCK])
+        total = _nearest(tl.load(gradient + start + place, mask=valid, other=0).to(tl.float32) + decoded)
 
         # Its largest entries go into the window.
         magnitude = (total.to(tl.int32, bitcast=True) >> 16) & 0x7FFF
         rank = tl.where(valid, (magnitude << 15) | (POSITIONS - 1 - place), -1)
         taken = rank >= _threshold(rank, keep)
-        spot = tl.load(tensor + KEPT) * row + entry + tl.cumsum(taken.to(tl.int32), 0) - 1
+        spot = tl.load(tensor + KEPT) * row + entry - 1 + tl.cumsum(taken.to(tl.int32), 0)
         index = tl.load(tensor + INDEX).to(tl.pointer_type(tl.int16))
         value = tl.load(tensor + VALUE).to(tl.pointer_type(tl.bfloat16))
         tl.store(index + spot, place.to(tl.int16), mask=taken)
@@ -120,8 +125,6 @@ def step(
         # The rest is the new error.
         rest = tl.reshape(tl.where(taken, 0.0, total), [BLOCK // BUCKET, BUCKET])
         inside = tl.reshape(valid, [BLOCK // BUCKET, BUCKET])
-        bucket = tl.arange(0, BLOCK // BUCKET)
-        started = bucket * BUCKET < length
         low = tl.where(started, tl.min(tl.where(inside, rest, float("inf")), 1), 0.0)
         high = tl.where(started, tl.max(tl.where(inside, rest, float("-inf")), 1), 0.0)
         scale = tl.math.div_rn(high - low, tl.full([BLOCK // BUCKET], 15.0, tl.float32))
@@ -129,20 +132,27 @@ def step(
         steps = tl.math.div_rn(rest - low[:, None], tl.broadcast_to(scale[:, None], [BLOCK // BUCKET, BUCKET])) + 0.5
         code = tl.where(inside, steps, 0.0).to(tl.int32)
         pairs = tl.reshape(code, [BLOCK // BUCKET, BUCKET // 2, 2]) << (4 * tl.arange(0, 2))[None, None, :]
-        pair = start // 2 + bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
+        pair = bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
         tl.store(error + pair, tl.sum(pairs, 2).to(tl.uint8), mask=started[:, None])
-        tl.store(lows + start // BUCKET + bucket, _to_bf16(low, _even(low)), mask=started)
-        tl.store(highs + start // BUCKET + bucket, _to_bf16(high, _even(high)), mask=started)
+        tl.store(lows + bucket, _to_bf16(low, _even(low)), mask=started)
+        tl.store(highs + bucket, _to_bf16(high, _even(high)), mask=started)
 
-        # Moments from the window. No position twice in a row, so threads meet only between rows.
+        # Moments from the window. No position twice in a row, so threads meet only between rows; the next row is
+        # on its way meanwhile.
         used = lane < keep
+        kept = tl.load(tensor + KEPT)
+        index += entry + lane
+        value += entry + lane
         tl.debug_barrier()
+        next_where = tl.load(index, mask=used, other=0)
+        next_held = tl.load(value, mask=used, other=0)
         for i in range(filled):
-            at = tl.load(tensor + KEPT) * i + entry + lane
-            where = tl.load(index + at, mask=used, other=0).to(tl.int32)
-            held = tl.load(value + at, mask=used, other=0).to(tl.float32)
-            first = tl.load(first_moment + where, mask=used) + held * tl.load(factors + 2 * i)
-            second = tl.load(second_moment + where, mask=used) + held * held * tl.load(factors + 2 * i + 1)
+            where, held = next_where.to(tl.int32), next_held.to(tl.float32)
+            more = used & (i + 1 < filled)
+            next_where = tl.load(index + kept * (i + 1), mask=more, other=0)
+            next_held = tl.load(value + kept * (i + 1), mask=more, other=0)
+            first = tl.load(first_moment + where, mask=used, other=0) + held * tl.load(factors + 2 * i)
+            second = tl.load(second_moment + where, mask=used, other=0) + held * held * tl.load(factors + 2 * i + 1)
             tl.store(first_moment + where, first, mask=used)
             tl.store(second_moment + where, second, mask=used)
             tl.debug_barrier()
@@ -151,13 +161,13 @@ def step(
         tl.store(first_moment + place, tl.zeros([BLOCK], tl.float32))
         tl.store(second_moment + place, tl.zeros([BLOCK], tl.float32))
 
-        weights = tl.load(tensor + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)) + position
+        weights = tl.load(tensor + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)) + start + place
         weight = tl.load(weights, mask=valid, other=0).to(tl.float32)
         weight = weight * shrink - lr * tl.math.div_rn(first, tl.math.sqrt_rn(second) + eps)
         if WEIGHT_TYPE == tl.bfloat16:  # noqa: SIM300
             noise = _even(weight)
             if STOCHASTIC:
-                _, noise = _random_words(_tensor_key(key, number, tl.load(tensor + ORDINAL)), position)
+                _, noise = _random_words(_tensor_key(key, number, tl.load(tensor + ORDINAL)), start + place)
             tl.store(weights, _to_bf16(weight, noise), mask=valid)
         else:
             tl.store(weights, weight.to(WEIGHT_TYPE), mask=valid)

@@ -62,6 +62,7 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
         device = members[0].weight.device
         blocks = sum(counts)
         programs = min(blocks, _programs(device))
+        registers = {"maxnreg": 128} if device.type == "cuda" and torch.version.cuda else {}  # two programs a core
         lanes = triton.next_power_of_2(max(max(job.blocks.keep, job.blocks.keep_tail) for job in members))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernels.step[(programs,)](
@@ -84,8 +85,9 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
                 STOCHASTIC=key is not None,
                 BLOCK=size,
                 LANES=lanes,
-                num_warps=8 if size >= 4096 else 4,
+                num_warps=max(1, min(16, size // 512)),
                 enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+                **registers,
             )
 
 
