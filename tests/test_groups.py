@@ -634,8 +634,8 @@ def test_description_names_heads_and_ties(known: tuple[nn.Module, set[str]]) -> 
 def test_description_counts_weights_and_bytes() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 10))
     lines = {line.split()[0]: line.split() for line in describe(param_groups(model)).splitlines() if line.split()}
-    # 1 % of each of 250 chunks of 4 rows: 40 weights of 6 bytes; dense ones 4 bytes; AdamW 12
-    assert lines["weights"][-6:] == ["1,000,000", "99.01", "%", "0.06", "0.04", "12"]
+    # 1 % of each of 250 chunks of 4 rows: 40 weights of 8 bytes; dense ones 4 bytes; AdamW 12
+    assert lines["weights"][-6:] == ["1,000,000", "99.01", "%", "0.08", "0.04", "12"]
     assert lines["head"][-6:] == ["10,000", "0.99", "%", "0.04", "0.04", "0.12"]
 
 

@@ -92,19 +92,18 @@ def bytes_held(model: nn.Module, optimizer: NanoAdam) -> int:
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32])
-def test_state_is_what_the_optimizer_holds(density: float, state_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("moments", ["carry", "reset"])
+def test_state_is_what_the_optimizer_holds(density: float, state_dtype: torch.dtype, moments: str) -> None:
     model = llama()
-    optimizer = NanoAdam(param_groups(model), density=density, state_dtype=state_dtype, mask_interval=1)
-    expected = {
-        carried: memory.estimate(model=model, density=density, state_dtype=state_dtype, carried=carried).state
-        for carried in (False, True)
-    }
-    assert bytes_held(model, optimizer) == expected[False]
-    for _ in range(2):  # the second step refreshes the selection and carries moments over
+    options = {"density": density, "state_dtype": state_dtype}
+    optimizer = NanoAdam(param_groups(model), mask_interval=1, moments=moments, **options)
+    expected = memory.estimate(model=model, carried=moments == "carry", **options).state
+    assert bytes_held(model, optimizer) == expected
+    for _ in range(2):  # the second step refreshes the selection
         model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert bytes_held(model, optimizer) == expected[True]
+    assert bytes_held(model, optimizer) == expected
 
 
 def test_gradients_are_what_is_held_after_backward() -> None:

@@ -409,16 +409,17 @@ def test_named_parameters_name_the_state():
 
 
 @pytest.mark.parametrize(("density", "state_dtype"), [(0.01, torch.bfloat16), (0.1, torch.float32)])
-def test_state_takes_six_bytes_a_selected_weight_until_moments_are_carried_then_eight(density, state_dtype):
+@pytest.mark.parametrize("moments", ["carry", "reset"])
+def test_state_takes_eight_bytes_a_selected_weight_and_six_if_moments_are_reset(density, state_dtype, moments):
     p = torch.nn.Parameter(torch.randn(64, 4096))
-    opt = NanoAdam([p], density=density, state_dtype=state_dtype, mask_interval=2)
+    opt = NanoAdam([p], density=density, state_dtype=state_dtype, mask_interval=2, moments=moments)
     kept, moment = layout(p.shape, density).selected, state_dtype.itemsize
-    assert opt.state_bytes() == kept * (2 + 2 * moment) + 2 + 4
-    for _ in range(3):
+    expected = kept * (2 + 2 * moment) + (2 * kept if moments == "carry" else 2) + 4
+    for _ in range(4):
+        assert opt.state_bytes() == expected  # from the start: memory does not grow in mid-run
         p.grad = torch.randn_like(p)
         opt.step()
         opt.zero_grad()
-    assert opt.state_bytes() == kept * (2 + 2 * moment + 2) + 4
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others():

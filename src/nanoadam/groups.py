@@ -405,7 +405,7 @@ def describe(
 ) -> str:
     """A table of what `param_groups` decided and what it costs, to be printed.
 
-    `state` and `gradients` are what NanoAdam holds (state before the first refresh, gradients between backward
+    `state` and `gradients` are what NanoAdam holds (with moments carried, gradients between backward
     and step); `AdamW` is what torch's AdamW holds of both, in the parameter's dtype.
 
     Args:
@@ -449,7 +449,8 @@ def _costs(group: dict[str, Any]) -> list[tuple[tuple[str, str, str], list[int]]
         row = rows.setdefault(labels, [0] * 5)
         row[0] += 1
         row[1] += size
-        row[2] += memory.nanoadam_state(kept, size if dense else 0, group["state_dtype"].itemsize)
+        carried = group.get("moments", "carry") == "carry"
+        row[2] += memory.nanoadam_state(kept, size if dense else 0, group["state_dtype"].itemsize, carried=carried)
         row[3] += size * width if dense else kept * group["grad_dtype"].itemsize
         row[4] += 3 * size * width
     return list(rows.items())

@@ -33,7 +33,7 @@ INDEX_BYTES = 2
 """Bytes of a selected weight's position in its chunk (int16)."""
 
 ENTRY_BYTES = 2
-"""Bytes of the step at which a selected weight entered, held once a refresh has carried moments over."""
+"""Bytes of the step at which a selected weight entered, kept where moments are carried over."""
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -142,7 +142,7 @@ def nanoadam_state(selected: int, dense: int, state_bytes: int = 2, *, carried: 
         selected: selected weights: an index and two moments each, and the entry step if `carried`.
         dense: weights under ordinary AdamW: two moments each.
         state_bytes: bytes of one moment.
-        carried: whether a refresh has carried moments over (`moments="carry"`, after the first refresh).
+        carried: whether moments are carried over at a refresh (`moments="carry"`, the optimizer's default).
     """
     return selected * (INDEX_BYTES + ENTRY_BYTES * carried + 2 * state_bytes) + dense * 2 * state_bytes
 
@@ -180,7 +180,7 @@ def _nanoadam(case: _Case) -> Estimate:
     each = nanoadam_state(1, 0, size, carried=case.carried)
     shapes = (tensor.bytes for tensor in chosen if not tensor.counted)
     return case.estimate(
-        f"NanoAdam, k={100 * case.density:g} %" + (", after a refresh" if case.carried else ""),
+        f"NanoAdam, k={100 * case.density:g} %" + (", moments carried" if case.carried else ""),
         f"{each} k S" + (f" + {2 * size} dense" if dense else ""),
         nanoadam_state(selected, dense, size, carried=case.carried),
         gradients=sum(tensor.bytes for tensor in others),
@@ -254,7 +254,7 @@ def estimate(
         weight_dtype: of the weights and their gradients; by default the model's own, bfloat16 without one.
         grad_dtype: of NanoAdam's held gradients.
         momentum: whether SGD has it.
-        carried: NanoAdam after the first refresh with `moments="carry"`.
+        carried: NanoAdam with `moments="carry"`, its default; without, the paper's formula, as with "reset".
 
     Raises:
         ValueError: for an unknown method or dtype, a density outside (0, 1], a count that is not positive, both

@@ -236,7 +236,6 @@ class NanoAdam(Optimizer):
             carry=group["moments"] == "carry",
             key=seed_key(group["seed"]),
             step=group["steps"],
-            per_weight_age=group["capturable"],
         )
         for device, members in _by_device(slots):
             gradients = None
@@ -522,6 +521,7 @@ def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, 
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros(slot.layout.selected, dtype=dtype, device=device)
             state["index"] = torch.full((slot.layout.selected,), -1, dtype=torch.int16, device=device)
-            state["born"] = torch.zeros(1, dtype=torch.int16, device=device)
+            own_ages = slot.layout.selected if group["moments"] == "carry" else 1
+            state["born"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
     slot.steps = int(state["step"].item())
     return slot

@@ -29,8 +29,8 @@ class Slot:
         exp_avg, exp_avg_sq: state dtype; first and second moment, [selected] or the parameter's shape if dense.
         index: int16 [selected]; position within its chunk of each selected weight, ascending within a chunk;
             -1 for a place left empty (`keep_zeros` with fewer nonzero weights than places). Not for dense ones.
-        born: int16 [selected], or [1] while all selected weights entered together; the low 16 bits of `step`
-            when the weight entered. Not for dense ones.
+        born: int16 [selected], or [1] where moments are not carried and all selected weights enter together; the
+            low 16 bits of `step` when the weight entered. Not for dense ones.
     """
 
     weight: Tensor
@@ -54,7 +54,6 @@ class Selection:
     carry: bool  # weights that stay selected keep their moments; otherwise all start over
     key: int  # random bits for criterion "random"
     step: int
-    per_weight_age: bool = False  # make `born` [selected] at once: addresses then stay the same
 
 
 @dataclass(frozen=True)

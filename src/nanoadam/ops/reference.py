@@ -120,8 +120,8 @@ def _survivors(old: Tensor, old_layout: Layout, new: Tensor, new_layout: Layout)
     used = old >= 0
     if not used.all():  # empty places would break the ascending order that the search needs
         before = torch.where(used, before, -1).cummax(0).values
-    # The last entry not above: in a run made by cummax the real entry comes first, so look it up by its left end.
-    place = torch.searchsorted(before, before[(torch.searchsorted(before, after, right=True) - 1).clamp_(min=0)])
+    # In a run made by cummax the real entry comes first, which is where a search from the left arrives.
+    place = torch.searchsorted(before, after).clamp_(max=before.numel() - 1)
     return (before[place] == after) & (new >= 0), place
 
 
@@ -131,7 +131,8 @@ def select(
     for i, (slot, layout) in enumerate(zip(slots, layouts, strict=True)):
         index = _select(slot.weight, layout, rule, slot.ordinal, gradients[i] if gradients is not None else None)
         state, old_layout = slot.state, slot.layout
-        born = torch.tensor([slot.steps & 0xFFFF], dtype=torch.int32).to(torch.int16).to(index.device)
+        born = torch.full((index.numel() if rule.carry else 1,), slot.steps, dtype=torch.int64, device=index.device)
+        born = born.to(torch.int16)  # its low 16 bits
         kept = place = None
         if slot.steps or slot.held is not None:
             assert old_layout is not None
@@ -146,7 +147,7 @@ def select(
                 state[name] = torch.zeros(layout.selected, dtype=moment.dtype, device=moment.device)
         if slot.steps and rule.carry and kept is not None and place is not None:
             age = _age(slot)
-            restamped = (slot.steps - age).to(torch.int16).expand(state["index"].numel())
+            restamped = (slot.steps - age).to(torch.int16).expand(state["index"].numel())  # it may have been reset
             born = torch.where(kept, restamped[place], born)
         state["born"], state["index"], slot.layout = born, index, layout
 

@@ -399,16 +399,14 @@ def _select_batch(
 
         index = state["index"] if in_place else torch.empty(lay.selected, dtype=torch.int16, device=device)
         new = {"index": index, "exp_avg": room("exp_avg"), "exp_avg_sq": room("exp_avg_sq")}
-        if carry:
-            own = in_place and state["born"].numel() == lay.selected
-            new["born"] = state["born"] if own else torch.empty_like(index)
-        else:
+        ages = lay.selected if rule.carry else 1
+        own = in_place and "born" in state and state["born"].numel() == ages
+        new["born"] = state["born"] if own else torch.empty(ages, dtype=torch.int16, device=device)
+        if not carry:
             new["exp_avg"].zero_()
             new["exp_avg_sq"].zero_()
             stamp = slot.steps & 0xFFFF
-            count = lay.selected if rule.per_weight_age else 1
-            stamp = stamp - 2**16 if stamp >= 2**15 else stamp
-            new["born"] = torch.full((count,), stamp, dtype=torch.int16, device=device)
+            new["born"].fill_(stamp - 2**16 if stamp >= 2**15 else stamp)
         held = slot.held
         if held is not None and not in_place:
             held = torch.empty(lay.selected, dtype=held.dtype, device=device)
