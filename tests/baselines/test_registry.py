@@ -161,18 +161,51 @@ def test_a_scheduler_sets_its_learning_rate(case):
         assert moved == (i < 2)
 
 
-def test_it_takes_groups_like_the_model(case):
+def test_it_takes_groups_like_the_model_and_is_made_by_a_trainer(case):
     name, options, lr = case
+    factory, kwargs = baselines.for_trainer(name, lr, **options)
+    ways = (
+        lambda model: baselines.make(name, model, lr, **options),
+        lambda model: baselines.make(name, param_groups(model), lr, **options),
+        lambda model: factory()(model, **kwargs),  # what transformers' Trainer does
+    )
     results = []
-    for as_groups in (False, True):
+    for way in ways:
         model = Tiny().to(DEVICE)
         if name == "lora":
             model = baselines.apply_lora(model, rank=4)
         torch.manual_seed(0)
-        optimizer = baselines.make(name, param_groups(model) if as_groups else model, lr, **options)
-        train(model, optimizer, 2)
+        train(model, way(model), 2)
         results.append(weights(model))
-    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    assert all(torch.equal(result[key], weight) for result in results[1:] for key, weight in results[0].items())
+
+
+def test_the_trainer_of_transformers_trains_with_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    import tiny
+
+    rows = [{**tiny.tokenizer()(row["text"]), "labels": i % 2} for i, row in enumerate(tiny.sentences(8))]
+    model = tiny.bert()
+    before = weights(model)
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        data_collator=transformers.DataCollatorWithPadding(tiny.tokenizer()),
+        optimizer_cls_and_kwargs=baselines.for_trainer("microadam", 1e-2, density=0.1, weight_decay=0.1),
+    )
+    trainer.train()
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(inner, baselines.MicroAdam)
+    assert not torch.equal(before["bert.pooler.dense.weight"].cpu(), model.bert.pooler.dense.weight.cpu())
 
 
 # Equal treatment
@@ -250,6 +283,8 @@ def test_what_is_asked_wrongly_gets_a_sentence():
         baselines.make("adam", Tiny(), 1e-3)
     with pytest.raises(ValueError, match="galore has no option 'density': it takes rank"):
         baselines.make("galore", Tiny(), 1e-3, density=0.1)
+    with pytest.raises(ValueError, match="microadam has no option 'rank'"):
+        baselines.for_trainer("microadam", 1e-3, rank=4, weight_decay=0.1)
     with pytest.raises(ValueError, match="backend must be"):
         baselines.make("adamw8bit", Tiny(), 1e-3, backend="apex")
     with pytest.raises(ValueError, match=r"apply_lora\(model\) first"):

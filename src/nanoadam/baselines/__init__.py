@@ -7,8 +7,9 @@ for tables. Importing this imports none of the libraries behind it.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from nanoadam.baselines.microadam import MicroAdam
 from nanoadam.groups import param_groups
 from nanoadam.optimizer import NanoAdam
 
-__all__ = ["BASELINES", "Baseline", "MicroAdam", "apply_lora", "baseline", "make"]
+__all__ = ["BASELINES", "Baseline", "MicroAdam", "apply_lora", "baseline", "for_trainer", "make"]
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,31 @@ def make(
         ValueError: for an unknown name or option, or parameters that the method cannot train.
         ImportError: if a library is missing; says how to get it.
     """
+    chosen = _checked(name, options)
+    model = params if isinstance(params, nn.Module) else None
+    groups = param_groups(params, weight_decay=weight_decay) if isinstance(params, nn.Module) else list(params)
+    # Optimizers write into the dicts they are given.
+    return chosen.build(Common([dict(group) for group in groups], model, lr, betas, eps, weight_decay), **options)
+
+
+def for_trainer(name: str, lr: float | Tensor, **options: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """What transformers' `Trainer(optimizer_cls_and_kwargs=...)` takes, with everything `make` takes.
+
+    The Trainer calls the first part without arguments, and what that returns with its model, once the model is on its
+    device. For NanoAdam, `nanoadam.for_trainer` checks more, and earlier.
+
+    Raises:
+        ValueError: for an unknown name or option.
+    """
+    common = inspect.signature(make).parameters
+    _checked(name, {option: value for option, value in options.items() if option not in common})
+    return functools.partial(functools.partial, make, name), {"lr": lr, **options}
+
+
+def _checked(name: str, options: Mapping[str, Any]) -> Baseline:
     chosen = baseline(name)
     unknown = sorted(options.keys() - set(chosen.options))
     if unknown:
         takes = f"it takes {', '.join(chosen.options)}" if chosen.options else "it has none of its own"
         raise ValueError(f"{name} has no option {unknown[0]!r}: {takes}")
-    model = params if isinstance(params, nn.Module) else None
-    groups = param_groups(params, weight_decay=weight_decay) if isinstance(params, nn.Module) else list(params)
-    # Optimizers write into the dicts they are given.
-    return chosen.build(Common([dict(group) for group in groups], model, lr, betas, eps, weight_decay), **options)
+    return chosen
