@@ -141,7 +141,7 @@ _ALL = (
     Baseline(
         "flashadamw",
         "FlashAdamW",
-        "Databricks 2025; flashoptim.FlashAdamW",
+        "Databricks AI Research 2026, arXiv 2602.23349; flashoptim.FlashAdamW",
         builders.flashadamw,
         package="flashoptim",
         release=True,
