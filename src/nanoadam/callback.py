@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from nanoadam.optimizer import NanoAdam
+from nanoadam.state import state_bytes
 
 try:
     from transformers import TrainerCallback
@@ -104,7 +105,7 @@ def memory_by_kind(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     kinds = {
         "weights": sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
         "gradients": gradients,
-        "state": sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)),
+        "state": state_bytes(optimizer),
     }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
