@@ -197,9 +197,10 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for every key of a config; it gets those that were given as `keys`."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "keys"]
     hints = typing.get_type_hints(Config)
+    several_of = {name for name in FIELDS if typing.get_origin(hints[name]) is tuple}
     options = []
     for field in FIELDS.values():
-        several = typing.get_origin(hints[field.name]) is tuple
+        several = field.name in several_of
         words = field.metadata["help"] + (" Separated by commas." if several else "")
         choices = f" [{'|'.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
         about = typer.Option(
@@ -213,8 +214,8 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_keys(**given: Any) -> None:
         mine = {parameter.name: given.pop(parameter.name) for parameter in own}
         keys = {name: value for name, value in given.items() if value is not None}
-        if "columns" in keys:
-            keys["columns"] = tuple(name.strip() for name in keys["columns"].split(","))
+        for name in keys.keys() & several_of:
+            keys[name] = tuple(part.strip() for part in keys[name].split(","))
         command(**mine, keys=keys)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
@@ -334,6 +335,8 @@ def compare(
         table.add_row(*row)
     console = _console()
     console.print(table)
+    for line in lab.limits(results):
+        console.print(line, soft_wrap=True)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
@@ -352,6 +355,7 @@ def _quiet() -> None:
     import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()

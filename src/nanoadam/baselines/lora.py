@@ -69,5 +69,25 @@ def has_adapters(model: nn.Module) -> bool:
     return any(cls.__name__ == "BaseTunerLayer" for module in model.modules() for cls in type(module).__mro__)
 
 
+def pretrained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that a model is to be finetuned from, by the names they have without adapters.
+
+    With adapters that is the frozen model under them and the first state of the head; without, whatever is trained.
+    """
+    if not has_adapters(model):
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            plain = name.removeprefix("base_model.model.")
+            found[plain.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
+    return found
+
+
+def merge_lora(model: nn.Module) -> Any:
+    """The whole finetuned model: adapters added to the weights beside them, in place; others come back as they are."""
+    return model.merge_and_unload() if has_adapters(model) else model  # type: ignore[operator]
+
+
 def _roles(group: dict[str, Any]) -> zip[tuple[Any, str]]:
     return zip(group["params"], group["roles"], strict=True)

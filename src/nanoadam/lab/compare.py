@@ -57,7 +57,7 @@ class Comparison:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} holds something twice: {', '.join(map(str, values))}")
         for name in self.optimizers:
-            optimizers.recipe(name)
+            optimizers.method(name)
         if self.retain is not None and self.config.task != "causal-lm":
             raise ValueError(f"retain measures the loss of language models, and {self.config.task} trains none")
         if self.retain is not None and not Path(self.retain).is_file():
@@ -133,6 +133,7 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None) -> 
         "metric": job.task.metric,
         "learning_rate_choice": CHOICE,
         "table": table(outcomes, job.task.higher_is_better),
+        "limits": optimizers.limits(comparison.optimizers),
         "runs": outcomes,
     }
     manifest = {
@@ -215,6 +216,11 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return text
 
 
+def limits(results: dict[str, Any]) -> list[str]:
+    """What stands under the table: what each optimizer cannot do, or does otherwise."""
+    return optimizers.limit_lines(results["limits"])
+
+
 def _cell(spread: dict[str, float | None] | None, unit: str) -> str:
     if spread is None:
         return "-"
@@ -260,7 +266,7 @@ def _page(comparison: Comparison, manifest: dict[str, Any]) -> str:
     )
     short = {**manifest, "results": {key: value for key, value in results.items() if key != "runs"}}
     drawn = [_rates(comparison, results), _memory(results)]
-    return report.render(f"compare: {config.task}", lead, lines(results), drawn, short)
+    return report.render(f"compare: {config.task}", lead, lines(results), drawn, short, limits(results))
 
 
 def _rates(comparison: Comparison, results: dict[str, Any]) -> Figure:

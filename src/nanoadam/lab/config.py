@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoadam import checks
+from nanoadam.baselines import BASELINES
 from nanoadam.lab.runs import nearest
 
 if sys.version_info >= (3, 11):
@@ -63,7 +64,8 @@ class Config:
     train_rows: int | None = _key(None, "Use the first rows only.", "data", low=1)
     validation_rows: int | None = _key(None, "Use the first rows only.", "data", low=1)
 
-    optimizer: str = _key("nanoadam", "nanoadam, adamw or sgd.", "optimizer")
+    optimizer: str = _key("nanoadam", f"Any of {', '.join(BASELINES)}.", "optimizer")
+    optimizer_options: tuple[str, ...] = _key((), "Like galore.rank=64: METHOD.OPTION=VALUE.", "optimizer")
     learning_rate: float = _key(1e-4, "At the top of the schedule.", "optimizer", low=0.0)
     weight_decay: float = _key(0.0, "Decoupled (sgd: as in torch); not on norms and biases.", "optimizer", low=0.0)
     beta1: float = _key(0.9, "Decay of the first moment; momentum of sgd.", "optimizer", low=0.0)

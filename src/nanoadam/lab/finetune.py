@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from nanoadam.baselines.lora import merge_lora, pretrained
 from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
 from nanoadam.lab import config as configs
 from nanoadam.lab import data, optimizers, report, runs, tasks
@@ -51,7 +52,7 @@ def prepare(config: Config) -> Job:
     Raises:
         ValueError: for whatever a config can get wrong, in one sentence.
     """
-    recipe = optimizers.recipe(config.optimizer)
+    optimizers.check(config)
     train, validation = data.load(config)
     set_seed(config.seed)
     task = tasks.make(config, train, validation)
@@ -61,7 +62,8 @@ def prepare(config: Config) -> Job:
         raise ValueError(f"epochs {config.epochs:g} is not a single step: give more epochs, or max_steps")
     sources = {"train": train.source, "validation": validation.source, "read_as": task.description}
     plan = optimizers.Plan(total, per_epoch)
-    return Job(config, task, plan, recipe.make(task.model, config, plan), sources)
+    task.model = optimizers.adapt(task.model, config)
+    return Job(config, task, plan, optimizers.make(task.model, config, plan), sources)
 
 
 def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
 def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None) -> dict[str, Any]:
     config, model = job.config, job.task.model
-    before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().to("cpu", copy=True) for name, p in pretrained(model).items()}
     metrics = _Metrics(out / "metrics.jsonl", checkpoint, progress)
     trainer = _trainer(job, out, metrics)
     manifest = {**_manifest(job, trainer), "started": _now(), "results": None}
@@ -128,6 +130,7 @@ def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None
         trainer._load_from_checkpoint(str(checkpoint))  # killed after its last step: there is nothing left to train
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    whole = merge_lora(model)
     lines = runs.read_lines(out / "metrics.jsonl")
     trained = [line for line in lines if line["event"] == "train"]
     seconds = sorted(line["seconds_per_step"] for line in trained[1:] or trained)  # the first step warms up
@@ -136,12 +139,12 @@ def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None
         "higher_is_better": job.task.higher_is_better,
         "steps": job.plan.total_steps,
         "final": next(line["metrics"] for line in reversed(lines) if line["event"] == "evaluation"),
-        **distance(model, before),
+        **distance(whole, before),
         "memory": {kind: max(line["memory"][kind] for line in trained) for kind in trained[-1]["memory"]},
         "seconds_per_step": seconds[len(seconds) // 2],
     }
     with runs.whole_folder(out / "model") as folder:
-        model.save_pretrained(str(folder))
+        whole.save_pretrained(str(folder))
         job.task.processor.save_pretrained(str(folder))
     manifest = {**manifest, "results": results, "finished": _now()}
     runs.write(out / "report.html", report.page(config, manifest, lines))
@@ -171,7 +174,7 @@ def distance(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
 
 def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
     config, task, plan = job.config, job.task, job.plan
-    recipe = optimizers.recipe(config.optimizer)
+    itself = optimizers.by_nanoadam(config)
     warmup = config.warmup * plan.total_steps if config.warmup < 1 else config.warmup
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -181,7 +184,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         max_steps=plan.total_steps,
         lr_scheduler_type=config.scheduler,
         warmup_steps=math.ceil(warmup),
-        max_grad_norm=0.0 if recipe.clips or config.max_grad_norm is None else config.max_grad_norm,
+        max_grad_norm=0.0 if itself or config.max_grad_norm is None else config.max_grad_norm,
         bf16=config.autocast == "bf16",
         fp16=config.autocast == "fp16",
         activation_checkpointing=config.checkpoint_activations,
@@ -201,7 +204,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         label_names=["labels"],
         remove_unused_columns=not task.keeps_columns,
     )
-    callbacks: list[TrainerCallback] = [NanoAdamCallback()] if config.optimizer == "nanoadam" else []
+    callbacks: list[TrainerCallback] = [NanoAdamCallback()] if itself else []
     trainer = _Trainer(
         task.model,
         arguments,
@@ -334,11 +337,12 @@ _SPEEDS = ("_runtime", "_per_second", "_preparation_time")
 
 
 def _manifest(job: Job, trainer: _Trainer) -> dict[str, Any]:
-    model = job.task.model
+    model, about = job.task.model, optimizers.about(job.config)
     return {
         "command": "nanoadam finetune",
         "kind": "finetuning run: one model, one data set, one optimizer, one seed",
-        "pseudocode": runs.PSEUDOCODE if job.config.optimizer == "nanoadam" else f"as in torch: {job.config.optimizer}",
+        "pseudocode": runs.PSEUDOCODE if optimizers.by_nanoadam(job.config) else about["source"],
+        "optimizer": about,
         **runs.environment(device=str(trainer.args.device)),
         "data": job.sources,
         "model": {

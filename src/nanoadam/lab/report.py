@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+from collections.abc import Sequence
 from string import Template
 from typing import Any
 
@@ -59,8 +60,15 @@ def page(config: Config, manifest: dict[str, Any], lines: list[dict[str, Any]]) 
     return render(f"finetune: {config.task}", lead, rows, figures(lines, results["metric"]), manifest)
 
 
-def render(title: str, lead: str, rows: list[tuple[str, ...]], drawn: list[Figure], manifest: dict[str, Any]) -> str:
-    """A page from its parts; the first row is the table's head."""
+def render(
+    title: str,
+    lead: str,
+    rows: list[tuple[str, ...]],
+    drawn: list[Figure],
+    manifest: dict[str, Any],
+    foot: Sequence[str] = (),
+) -> str:
+    """A page from its parts; the first row is the table's head, `foot` has a line each under the table."""
     table = "".join(
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)
@@ -69,7 +77,7 @@ def render(title: str, lead: str, rows: list[tuple[str, ...]], drawn: list[Figur
         title=html.escape(title),
         style=STYLE,
         lead=html.escape(lead),
-        table=f"<table>{table}</table>",
+        table=f"<table>{table}</table>" + "".join(f"<p>{html.escape(line)}</p>" for line in foot),
         figures="".join(f"<figure>{_svg(figure)}</figure>" for figure in drawn),
         manifest=html.escape(json.dumps(manifest, indent=2)),
     )
