@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanoadam.optimizer import NanoAdam
+from nanoadam.schedules import Intervals
 
 
 def weight(dtype=torch.float32, **options):
@@ -25,6 +26,14 @@ def weight(dtype=torch.float32, **options):
         ({"density": "linear"}, ValueError, r"nanoadam.linear\(...\)"),
         ({"mask_interval": 0}, ValueError, "mask_interval .*0"),
         ({"mask_interval": 2.5}, ValueError, "mask_interval .*2.5"),
+        ({"mask_interval": (0, 1)}, ValueError, "mask_interval"),
+        ({"mask_interval": Intervals(0, 1)}, ValueError, "mask_interval .*0"),
+        ({"betas": (None, 0.9)}, ValueError, "betas .*None"),
+        ({"maximize": "a"}, TypeError, "maximize .*'a'"),
+        ({"keep_zeros": 1}, TypeError, "keep_zeros .*1"),
+        ({"gradient_release": "no"}, TypeError, "gradient_release .*'no'"),
+        ({"release_bytes": -1}, ValueError, "release_bytes .*-1"),
+        ({"max_grad_norm": True}, ValueError, "max_grad_norm .*True"),
         ({"criterion": "small"}, ValueError, "smallest, largest, random, gradient; got 'small'"),
         ({"moments": "keep"}, ValueError, "carry, reset; got 'keep'"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype .*float16"),
@@ -80,6 +89,8 @@ def test_a_sparse_gradient_is_refused_and_nothing_changes(released):
         table(torch.arange(3)).sum().backward()
         opt.step()
     assert torch.equal(table.weight, before)
+    assert table.weight.grad is not None
+    assert opt.gradient_bytes() == 0
     assert opt.param_groups[0]["steps"] == 0
     assert opt.state[table.weight]["step"] == 0
 
@@ -112,3 +123,8 @@ def test_an_unknown_backend_is_refused(monkeypatch):
 def test_parameters_are_required(state):
     with pytest.raises(ValueError, match="empty parameter list"):
         NanoAdam([])
+
+
+def test_a_parameter_without_a_shape_yet_is_named():
+    with pytest.raises(TypeError, match="'body.w' has no shape yet"):
+        NanoAdam([("body.w", torch.nn.LazyLinear(3).weight)])

@@ -396,3 +396,178 @@ def test_a_compiled_models_gradients_are_released():
     torch.nn.functional.cross_entropy(compiled(x), y).backward()
     assert model[0].weight.grad is None
     opt.step()
+
+
+def test_freezing_and_unfreezing_in_mid_run_is_as_with_ordinary_gradients():
+    def run(model, opt):
+        for step in range(12):
+            model[0].weight.requires_grad_(step % 2 == 0)
+            model[2].weight.requires_grad_(step % 3 != 0)
+            loss_of(model, step).backward()
+            opt.step()
+            opt.zero_grad()
+
+    assert torch.equal(*both(run))
+
+
+@pytest.mark.parametrize("release_bytes", [0, 10**7])
+def test_a_weight_used_in_several_reentrant_checkpoints_gets_all_its_gradients(release_bytes):
+    from torch.utils.checkpoint import checkpoint
+
+    def run(model, opt):
+        for step in range(3):
+            x, y = batch(step)
+            hidden = torch.tanh(model[0](x))
+            for _ in range(3):
+                hidden = checkpoint(lambda h: torch.tanh(model[2](h)), hidden, use_reentrant=True)
+            torch.nn.functional.cross_entropy(model[4](hidden), y).backward()
+            opt.step()
+            opt.zero_grad()
+
+    on, off = both(run, release_bytes=release_bytes)
+    torch.testing.assert_close(on, off, rtol=1e-4, atol=1e-6)  # summed in another order
+
+
+def test_an_exception_in_backward_loses_no_later_gradient():
+    def run(model, opt):
+        def fail(_):
+            raise ArithmeticError
+
+        hook = model[0].weight.register_hook(fail)
+        with pytest.raises(ArithmeticError):
+            loss_of(model, 0).backward()
+        hook.remove()
+        for step in range(1, 4):
+            loss_of(model, step).backward()
+            opt.step()
+            opt.zero_grad()
+
+    assert torch.equal(*both(run, release_bytes=10**7))
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_float16_models_train_with_a_grad_scaler(released):
+    model = network(dtype=torch.float16)
+    opt = NanoAdam(model.parameters(), lr=1e-3, density=0.2, gradient_release=released)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(4):
+        before = bits(model)
+        infinity = (model[2].weight * float("inf")).sum() if step == 1 else 0.0
+        scaler.scale(loss_of(model, step) + infinity).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        assert torch.equal(before, bits(model)) == (step == 1)
+    assert scaler.get_scale() == 2.0**7
+
+
+def test_zeroing_the_model_between_two_backwards_of_a_step_throws_the_first_away():
+    def run(model, opt):
+        for step in range(5):
+            (loss_of(model, step) * float("nan")).backward()
+            model.zero_grad()
+            loss_of(model, 10 + step).backward()
+            opt.step()
+            opt.zero_grad()
+        loss_of(model, 99).backward()
+        model.zero_grad()
+        before = bits(model)
+        opt.step()
+        assert torch.equal(before, bits(model))
+
+    on, off = both(run)
+    assert on.isfinite().all()
+    assert torch.equal(on, off)
+
+
+def test_clipping_dense_gradients_in_place_before_a_step_is_not_taken_for_zeroing():
+    def run(model, opt):
+        for step in range(5):
+            for micro in range(2):
+                loss_of(model, 10 * step + micro).backward()
+                torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.dim() == 1], 0.01)
+            opt.step()
+            opt.zero_grad()
+
+    assert torch.equal(*both(run))
+
+
+def test_zeroing_the_model_in_place_leaves_zero_gradients_that_count():
+    def run(model, opt):
+        for step in range(6):
+            x, _ = batch(step)
+            (model[:2](x).square().mean() if step % 2 else loss_of(model, step)).backward()
+            opt.step()
+            model.zero_grad(set_to_none=False)
+        assert opt.state[model[4].weight]["step"] == 6
+
+    assert torch.equal(*both(run))
+
+
+def test_weights_loaded_after_a_warm_up_backward_are_the_ones_selected_from():
+    p = torch.nn.Parameter(torch.randn(4, 100))
+    opt = NanoAdam([p], density=0.1)
+    (p * p).sum().backward()
+    opt.zero_grad()
+    with torch.no_grad():
+        p.copy_(torch.randn(4, 100))
+    expected, before = opt.selected(p), p.detach().clone()
+    (p * p).sum().backward()
+    opt.step()
+    assert torch.equal(p != before, expected)
+
+
+def test_a_criterion_changed_to_gradient_keeps_the_dense_gradients():
+    model = network()
+    opt = NanoAdam(model.parameters(), density=0.2, mask_interval=1)
+    opt.param_groups[0]["criterion"] = "gradient"
+    loss_of(model, 0).backward()
+    assert model[2].weight.grad is not None
+    largest = model[2].weight.grad.abs().view(-1).topk(10).indices
+    opt.step()
+    assert opt.selected(model[2].weight).view(-1)[largest].all()
+
+
+def test_a_step_that_was_refused_can_be_repeated_without_counting_gradients_twice():
+    results = []
+    for fails in (True, False):
+        torch.manual_seed(0)
+        weight, table = torch.nn.Parameter(torch.randn(4, 50)), torch.nn.Embedding(5, 3, sparse=True)
+        groups = [{"params": [weight]}, {"params": [table.weight], "dense": True}]
+        opt = NanoAdam(groups, density=0.2, gradient_release=False, eps=1.0)
+        weight.grad = torch.ones_like(weight)
+        if fails:
+            table(torch.arange(2)).sum().backward()
+            with pytest.raises(TypeError, match="sparse"):
+                opt.step()
+            table.weight.grad = None
+        opt.step()
+        results.append(weight.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_switching_release_off_adds_to_gradients_that_are_already_there():
+    p = torch.nn.Parameter(torch.randn(4, 100))
+    opt = NanoAdam([p], density=0.1)
+    (3 * p).sum().backward()
+    p.grad = torch.ones_like(p)
+    opt.release(False)
+    assert torch.equal(p.grad, torch.where(opt.selected(p), 4.0, 1.0))
+
+
+def test_many_optimizers_on_one_model_leave_nothing_behind():
+    from nanoadam import release
+
+    model = network()
+    for step in range(10):
+        opt = NanoAdam(model.parameters(), density=0.2)
+        loss_of(model, step).backward()
+        opt.step()
+        opt.zero_grad()
+    del opt
+    gc.collect()
+    last = NanoAdam(model.parameters(), density=0.2)
+    for p in model.parameters():
+        assert len(p._backward_hooks or ()) == 0
+        assert p not in release._owners or len(release._owners[p][1]) == 1
+    assert last.gradient_bytes() == 0

@@ -122,26 +122,87 @@ def test_schedulers_resume_with_it():
     assert torch.equal(*runs)
 
 
-def test_distributed_checkpoint_saves_and_loads_by_keyword(tmp_path):
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_distributed_checkpoint_loads_into_a_fresh_optimizer(tmp_path, scheduled):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+    options = {} if scheduled else {"density": 0.2}
     model = network(torch.bfloat16)
-    opt = make(model, density=0.2)
+    opt = make(model, **options)
     advance(model, opt, 0, 8)
-    dcp.save(
-        {"opt": get_optimizer_state_dict(model, opt), "model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True
-    )
+    saved = {"opt": get_optimizer_state_dict(model, opt), "model": model.state_dict()}
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
 
     twin = network(torch.bfloat16)
-    other = make(twin, density=0.2)
+    other = make(twin, **options)
+    if scheduled:
+        other.prepare(8)  # DCP reads into tensors of the shapes that were saved
     target = {"opt": get_optimizer_state_dict(twin, other), "model": twin.state_dict()}
     dcp.load(target, checkpoint_id=tmp_path, no_dist=True)
     twin.load_state_dict(target["model"])
     set_optimizer_state_dict(twin, other, target["opt"])
     assert torch.equal(bits(model), bits(twin))
-    advance(model, opt, 8, 14)
-    advance(twin, other, 8, 14)
+    advance(model, opt, 8, 16)
+    advance(twin, other, 8, 16)
+    assert torch.equal(bits(model), bits(twin))
+
+
+def test_a_prepared_optimizer_is_a_fresh_one():
+    with pytest.raises(ValueError, match="fresh optimizer"):
+        make(network(torch.float32)).prepare(-1)
+    model = network(torch.float32)
+    opt = make(model)
+    advance(model, opt, 0, 1)
+    with pytest.raises(ValueError, match="fresh optimizer"):
+        opt.prepare(3)
+
+
+def test_every_option_comes_from_the_state_what_is_dense_and_what_is_released_too():
+    for options in ({"criterion": "gradient", "density": 0.2}, {"dense": True}):
+        model = network(torch.float32)
+        groups = [{"params": list(model.parameters()), **options}]
+        opt = NanoAdam(groups, lr=1e-2)
+        advance(model, opt, 0, 3)
+        twin = copy.deepcopy(model)
+        other = NanoAdam(twin.parameters())
+        other.load_state_dict(opt.state_dict())
+        advance(model, opt, 3, 8)
+        advance(twin, other, 3, 8)
+        assert torch.equal(bits(model), bits(twin))
+
+
+def test_a_parameter_that_missed_a_refresh_by_gradient_is_selected_from_when_it_has_one():
+    runs = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        p, q = torch.nn.Parameter(torch.randn(4, 50)), torch.nn.Parameter(torch.randn(4, 50))
+        options = {"criterion": "gradient", "density": 0.2, "mask_interval": 5, "lr": 1e-2}
+        opt = NanoAdam([p, q], **options)
+        for step in range(8):
+            if interrupted and step == 2:
+                saved = through_a_file(opt.state_dict())
+                opt = NanoAdam([p, q], **options)
+                opt.load_state_dict(saved)
+            (p.square().sum() + (q.square().sum() if step else 0.0)).backward()
+            opt.step()
+            opt.zero_grad()
+        runs.append(torch.cat([p.detach(), q.detach()]))
+    assert torch.equal(*runs)
+
+
+def test_freezing_saving_and_unfreezing_in_mid_schedule_goes_on():
+    model = network(torch.float32)
+    opt = make(model)
+    advance(model, opt, 0, 5)
+    model[0].weight.requires_grad_(False)
+    advance(model, opt, 5, 9)
+    twin = copy.deepcopy(model)
+    other = make(twin)
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    for m, o in ((model, opt), (twin, other)):
+        m[0].weight.requires_grad_(True)
+        advance(m, o, 9, 16)
     assert torch.equal(bits(model), bits(twin))
 
 
@@ -156,9 +217,17 @@ def test_loading_what_does_not_fit_changes_nothing():
     )
     adamw = torch.optim.AdamW(model.parameters())
     fewer = NanoAdam([model[0].weight])
-    for bad, word in ((wrong_shape, "'parameter 0 of group 0'"), (adamw, "not saved by NanoAdam"), (fewer, r"\[1\]")):
+    incomplete = copy.deepcopy(before)
+    del incomplete["state"][0]["born"]
+    for bad, word in (
+        (wrong_shape.state_dict(), "'parameter 0 of group 0'"),
+        (adamw.state_dict(), "not saved by NanoAdam"),
+        (fewer.state_dict(), r"\[1\]"),
+        (incomplete, "'born': None"),
+        ({}, "'param_groups'"),
+    ):
         with pytest.raises(ValueError, match=word):
-            opt.load_state_dict(bad.state_dict())
+            opt.load_state_dict(bad)
         after = opt.state_dict()
         assert after["param_groups"] == before["param_groups"]
         for key, state in before["state"].items():

@@ -23,12 +23,13 @@ def unscale(optimizer: NanoAdam, scaler: Any) -> bool:
     Raises:
         RuntimeError: if `p.grad` was unscaled before by a scaler that does not pass itself: the scale is unknown.
     """
+    dense = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if scaler is not None:
         record = scaler._per_optimizer_states[id(optimizer)]
-        if record["stage"] is OptState.READY:
-            scaler.unscale_(optimizer)
         found = record["found_inf_per_device"]
-        for device, flag in _divide(optimizer.held(), scaler._get_scale_async()).items():
+        # Not scaler.unscale_(): it refuses float16 gradients, which are fine where the update is in float32.
+        gradients = optimizer.held() + (dense if record["stage"] is OptState.READY else [])
+        for device, flag in _divide(gradients, scaler._get_scale_async()).items():
             found[device] = torch.maximum(found[device], flag) if device in found else flag
         return not any(bool(flag.item()) for flag in found.values())
     if not hasattr(optimizer, "found_inf"):
@@ -41,7 +42,6 @@ def unscale(optimizer: NanoAdam, scaler: Any) -> bool:
         )
     infinite = bool(optimizer.found_inf)
     if scale is not None:
-        dense = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         infinite |= any(bool(flag.item()) for flag in _divide(held + dense, scale).values())
     return not infinite
 

@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
-from nanoadam.ops import Slot
-from nanoadam.schedules import Schedule
+from nanoadam.chunks import layout
+from nanoadam.schedules import Intervals, Schedule
+
+_SHARDED: tuple[type, ...] = ()
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+    _SHARDED = (DTensor,)
 
 CRITERIA = ("smallest", "largest", "random", "gradient")
 MOMENTS = ("carry", "reset")
@@ -44,7 +51,11 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     number("eps", 0.0, options["eps"])
     number("weight_decay", 0.0, options["weight_decay"])
     betas = options["betas"]
-    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0.0 <= float(b) < 1.0 for b in betas)):
+    if not (
+        isinstance(betas, (tuple, list))
+        and len(betas) == 2
+        and all(isinstance(beta, (int, float, Tensor)) and 0.0 <= float(beta) < 1.0 for beta in betas)
+    ):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r} for {where}")
     density = options["density"]
     if not isinstance(density, Schedule) and not (
@@ -54,12 +65,13 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
             f"density must be in (0, 1] or a schedule such as nanoadam.linear(...), got {density!r} for {where}"
         )
     interval = options["mask_interval"]
-    if (
-        isinstance(interval, bool)
-        or not isinstance(interval, (int, tuple))
-        or (isinstance(interval, int) and interval < 1)
-    ):
+    if isinstance(interval, Intervals):
+        interval = interval.mask_interval
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f"mask_interval must be a whole number of at least 1, got {interval!r} for {where}")
+    for name in ("keep_zeros", "stochastic_rounding", "maximize", "capturable", "dense"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name} must be True or False, got {options[name]!r} for {where}")
     for name, choices in (("criterion", CRITERIA), ("moments", MOMENTS)):
         if options[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {options[name]!r} for {where}")
@@ -71,10 +83,16 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r} for {where}")
 
 
-def check_norm(max_grad_norm: object) -> None:
-    """Raise ValueError unless it is None or a positive number."""
-    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+def check_release(max_grad_norm: object, gradient_release: object, release_bytes: object) -> None:
+    """Raise ValueError or TypeError for an option of the optimizer as a whole that is out of range."""
+    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    if max_grad_norm is not None and not (number and max_grad_norm > 0):  # type: ignore[operator]
         raise ValueError(f"max_grad_norm must be positive, or None for no clipping; got {max_grad_norm!r}")
+    if not isinstance(gradient_release, bool):
+        raise TypeError(f"gradient_release must be True or False, got {gradient_release!r}")
+    count = isinstance(release_bytes, int) and not isinstance(release_bytes, bool)
+    if release_bytes is not None and not (count and release_bytes >= 0):  # type: ignore[operator]
+        raise ValueError(f"release_bytes must be a number of bytes of at least 0, or None; got {release_bytes!r}")
 
 
 def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) -> None:
@@ -88,6 +106,13 @@ def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) ->
         if not isinstance(parameter, Tensor):
             continue  # torch refuses it
         called = f"parameter {name!r}" if name else f"parameter {i} of {where}"
+        if isinstance(parameter, _SHARDED):
+            raise TypeError(
+                f"{called} is a DTensor; NanoAdam does not train sharded parameters yet: "
+                "replicate them (DDP with gradient_release=False) or use another optimizer"
+            )
+        if isinstance(parameter, UninitializedParameter):
+            raise TypeError(f"{called} has no shape yet; run the model once before making the optimizer")
         if parameter.layout != torch.strided:
             raise TypeError(f"{called} is stored as {parameter.layout}; make it dense: parameter.to_dense()")
         if parameter.dtype not in WEIGHT_DTYPES:
@@ -109,37 +134,30 @@ def check_gradient(name: str, gradient: Tensor) -> None:
         )
 
 
-def check_state(slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]], loaded: Mapping[str, Any]) -> None:
-    """Raise ValueError if a `state_dict` was not made by NanoAdam for these parameters.
-
-    `slots` are those of the present optimizer, by their ordinal; `groups` its groups.
-    """
-    from nanoadam.chunks import layout
-
+def check_state(groups: Sequence[Mapping[str, Any]], loaded: Mapping[str, Any]) -> None:
+    """Raise ValueError if a `state_dict` was not made by NanoAdam for the parameters of these groups."""
+    if not ("param_groups" in loaded and "state" in loaded):
+        raise ValueError(f"an optimizer's state has 'state' and 'param_groups', got {sorted(loaded)}")
     sizes = [len(group["params"]) for group in groups]
     theirs = [len(group["params"]) for group in loaded["param_groups"]]
     if sizes != theirs:
         raise ValueError(f"the state was saved for groups of {theirs} parameters, but this optimizer has {sizes}")
-    by_ordinal = {slot.ordinal: slot for slot in slots}
-    ordinal = 0
-    for group in loaded["param_groups"]:
+    for i, (ours, group) in enumerate(zip(groups, loaded["param_groups"], strict=True)):
         if "active_density" not in group:
             raise ValueError("the state was not saved by NanoAdam: 'active_density' is missing from its groups")
-        for key in group["params"]:
-            ordinal += 1
-            slot, state = by_ordinal.get(ordinal), loaded["state"].get(key)
-            if slot is None or state is None:
+        names = ours.get("param_names") or [f"parameter {j} of group {i}" for j in range(sizes[i])]
+        for parameter, name, key in zip(ours["params"], names, group["params"], strict=True):
+            state = loaded["state"].get(key)
+            if not state:
                 continue
-            count = slot.weight.numel()
-            if "index" in state:
-                count = layout(slot.weight.shape, group["active_density"]).selected
-            wrong = {
-                n: tuple(state[n].shape)
-                for n in ("exp_avg", "exp_avg_sq", "index")
-                if n in state and state[n].numel() != count
-            }
-            if "exp_avg" not in state or "step" not in state or wrong:
+            dense = group["dense"] or parameter.dim() < 2
+            count = parameter.numel() if dense else layout(parameter.shape, group["active_density"]).selected
+            ages = {count} if group["moments"] == "carry" else {1, count}
+            expected = {"step": {1}, "exp_avg": {count}, "exp_avg_sq": {count}}
+            expected |= {} if dense else {"index": {count}, "born": ages}
+            got = {part: state[part].numel() if part in state else None for part in expected}
+            if any(got[part] not in sizes_ for part, sizes_ in expected.items()):
                 raise ValueError(
-                    f"the saved state of {slot.name!r} does not fit its shape {tuple(slot.weight.shape)}: expected "
-                    f"{count} entries, got {wrong or sorted(state)}; load it into the model it was saved with"
+                    f"the saved state of {name!r} does not fit its shape {tuple(parameter.shape)}: expected {count} "
+                    f"entries, got {got}; load it into the model it was saved with"
                 )

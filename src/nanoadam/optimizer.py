@@ -86,7 +86,7 @@ class NanoAdam(Optimizer):
         capturable: bool = False,
         release_bytes: int | None = None,
     ) -> None:
-        checks.check_norm(max_grad_norm)
+        checks.check_release(max_grad_norm, gradient_release, release_bytes)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -113,6 +113,7 @@ class NanoAdam(Optimizer):
         self.gradient_release = gradient_release
         self.release_bytes = release_bytes
         self._slots: dict[Tensor, Slot] = {}
+        self._window: list[int] = []  # for each group: the step whose first gradient has arrived, or -1
         self._release = GradientRelease(self, release_bytes)
         super().__init__(params, defaults)
 
@@ -143,7 +144,7 @@ class NanoAdam(Optimizer):
         """State for every parameter that can be trained and has none yet; hooks where gradients are released."""
         self._members: list[tuple[list[Slot], list[Slot]]] = []  # for each group: selected from, dense
         self._group_of: dict[Tensor, int] = {}
-        self._window: list[int] = [-1] * len(self.param_groups)  # the step whose first gradient has arrived
+        self._window += [-1] * (len(self.param_groups) - len(self._window))
         self._frozen: list[Tensor] = []
         counts: dict[tuple[int, torch.device, int], Tensor] = {}
         ordinal = 0
@@ -153,17 +154,19 @@ class NanoAdam(Optimizer):
             names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
             for parameter, name in zip(group["params"], names, strict=True):
                 ordinal += 1
-                if not parameter.requires_grad or parameter.numel() == 0:
-                    self._frozen.append(parameter)
-                    continue
-                slot = self._slots.get(parameter)
-                if slot is None:
-                    slot = self._slots[parameter] = _make_slot(parameter, self.state[parameter], group, ordinal, name)
                 self._group_of[parameter] = i
+                trained = parameter.requires_grad and parameter.numel() > 0
+                if not trained:
+                    self._frozen.append(parameter)
+                slot = self._slots.get(parameter)
+                if slot is None and (trained or self.state.get(parameter)):
+                    slot = self._slots[parameter] = _make_slot(parameter, self.state[parameter], group, ordinal, name)
+                if slot is None:
+                    continue
                 step = slot.state["step"]
                 slot.state["step"] = counts.setdefault((i, step.device, slot.steps), step)
                 (dense if slot.layout is None else selected).append(slot)
-                if slot.layout is not None and self._releases(i):
+                if trained and slot.layout is not None and self._releases(i):
                     self._release.attach(parameter)
             self._members.append((selected, dense))
 
@@ -188,6 +191,7 @@ class NanoAdam(Optimizer):
             self._make_slots()
         self._release.flush()
         self._release.settle()
+        self._check_gradients()
         if amp.unscale(self, grad_scaler):
             for i in range(len(self.param_groups)):
                 self._refresh_if_due(i)
@@ -197,10 +201,7 @@ class NanoAdam(Optimizer):
                 self._update(i, grad_scale)
                 group["steps"] += 1
         if self.gradient_release:
-            self._release.stepped(
-                [slot.weight for _, dense in self._members for slot in dense],
-                [slot.weight for selected, _ in self._members for slot in selected if slot.held is not None],
-            )
+            self._release.stepped()
         return loss
 
     def _refresh_if_due(self, i: int) -> None:
@@ -226,7 +227,7 @@ class NanoAdam(Optimizer):
         t = group["steps"]
         if group["refreshed_at"] < 0 or _density(group, t) != group["active_density"]:
             return True
-        return bool(t % group["mask_interval"] == 0 and group["refreshed_at"] != t)
+        return bool(t % group["mask_interval"] == 0)
 
     @staticmethod
     def _select(slots: Iterable[Slot], group: Mapping[str, Any]) -> None:
@@ -251,8 +252,6 @@ class NanoAdam(Optimizer):
         """Compact dense gradients, in backward (gradient release) or in step()."""
         for i, group in enumerate(self.param_groups):
             mine = {p: gradient for p, gradient in pairs if self._group_of[p] == i}
-            for parameter, gradient in mine.items():
-                checks.check_gradient(self._slots[parameter].name, gradient)
             if mine:
                 self._refresh_if_due(i)
             for device, members in _by_device(self._slots[p] for p in mine):
@@ -260,9 +259,6 @@ class NanoAdam(Optimizer):
 
     def _take_gradients(self, i: int) -> None:
         """Selected entries of the `p.grad` that were not released in backward, added to what is held."""
-        for slot in self._members[i][1]:
-            if slot.weight.grad is not None:
-                checks.check_gradient(slot.name, slot.weight.grad)
         left = [(s.weight, s.weight.grad) for s in self._members[i][0] if s.weight.grad is not None]
         left = [(parameter, gradient) for parameter, gradient in left if not stands_in(gradient)]
         if left:
@@ -270,6 +266,26 @@ class NanoAdam(Optimizer):
             if self._releases(i):
                 for parameter, _ in left:
                     parameter.grad = None
+
+    def _check_gradients(self) -> None:
+        """Refuse what cannot be used before anything of the step is done."""
+        for slot in self._slots.values():
+            gradient = slot.weight.grad
+            if gradient is not None and not stands_in(gradient):
+                checks.check_gradient(slot.name, gradient)
+
+    def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
+        slot = self._slots.get(parameter)
+        if slot is None or slot.layout is None or not self._releases(self._group_of[parameter]):
+            return False
+        checks.check_gradient(slot.name, gradient)
+        return True
+
+    def _witnesses(self) -> tuple[list[Tensor], list[Tensor]]:
+        return (
+            [slot.weight for _, dense in self._members for slot in dense],
+            [slot.weight for selected, _ in self._members for slot in selected if slot.held is not None],
+        )
 
     def _releases(self, i: int) -> bool:
         """Whether the gradients of a group's selected tensors are released; not if they decide the selection."""
@@ -352,13 +368,13 @@ class NanoAdam(Optimizer):
         """Zero `p.grad` and the held gradients, as in torch."""
         super().zero_grad(set_to_none)
         self._release.discard()
+        self._drop_held(in_place=not set_to_none)
+
+    def _drop_held(self, *, in_place: bool) -> None:
         for slot in self._slots.values():
             if slot.held is not None:
-                slot.held = None if set_to_none else slot.held.zero_()
-
-    def _drop_held(self) -> None:
-        for slot in self._slots.values():
-            slot.held = None
+                slot.held = slot.held.zero_() if in_place else None
+        self._window = [-1] * len(self.param_groups)  # what comes is the first gradient of its step
 
     @torch.no_grad()
     def release(self, enabled: bool = True) -> None:
@@ -397,9 +413,9 @@ class NanoAdam(Optimizer):
         Raises:
             ValueError: if the parameter is not one of this optimizer.
         """
+        if not parameter.requires_grad and parameter in self._group_of:
+            return torch.zeros_like(parameter, dtype=torch.bool)
         if parameter not in self._slots:
-            if any(parameter is frozen for frozen in self._frozen):
-                return torch.zeros_like(parameter, dtype=torch.bool)
             raise ValueError(f"the parameter of shape {tuple(parameter.shape)} is not in this optimizer")
         slot, group = self._slots[parameter], self.param_groups[self._group_of[parameter]]
         if slot.layout is None:
@@ -451,7 +467,7 @@ class NanoAdam(Optimizer):
         Raises:
             ValueError: if the state was not saved by NanoAdam for parameters of these shapes.
         """
-        checks.check_state(list(self._slots.values()), self.param_groups, state_dict)
+        checks.check_state(self.param_groups, state_dict)
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group in groups:
             if isinstance(group["density"], Mapping):
@@ -463,19 +479,33 @@ class NanoAdam(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(keys, parameters, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                home = value.device if name == "step" and not self._capturable(parameter) else parameter.device
+                on_host = name == "step" and not self.param_groups[self._group_of[parameter]]["capturable"]
+                home = torch.device("cpu") if on_host else parameter.device
                 self.state[parameter][name] = value.detach().to(home, copy=True)
         self._rebuild()
 
-    def _capturable(self, parameter: Tensor) -> bool:
-        return (
-            bool(self.param_groups[self._group_of[parameter]]["capturable"]) if parameter in self._group_of else False
-        )
-
     def _rebuild(self) -> None:
         """Derive everything from parameters, groups and state anew."""
-        self._slots = {}
+        self._release.detach()
+        self._slots, self._window = {}, []
         self._make_slots()
+
+    @torch.no_grad()
+    def prepare(self, steps: int) -> None:
+        """Give the state of a fresh optimizer the shapes that it has after `steps` steps, before it is loaded into.
+
+        For loaders that read into existing tensors, as torch.distributed.checkpoint does, where the density has
+        changed since the start. `load_state_dict` needs no such call.
+
+        Raises:
+            ValueError: if the optimizer has made steps of its own, or `steps` is negative.
+        """
+        if steps < 0 or any(group["steps"] for group in self.param_groups):
+            raise ValueError(f"prepare({steps}) is for a fresh optimizer and a number of steps of at least 0")
+        for group in self.param_groups:
+            group["active_density"] = _density(group, max(0, steps - 1))
+        self.state.clear()
+        self._rebuild()
 
     def __getstate__(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in ("max_grad_norm", "gradient_release", "release_bytes")}
@@ -508,7 +538,7 @@ def _by_device(slots: Iterable[Slot]) -> Iterable[tuple[torch.device, list[Slot]
 
 def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:
     """A parameter's slot, with empty state unless it has some."""
-    slot = Slot(parameter, state, ordinal, name=name, fresh=not state or group["refreshed_at"] < 0)
+    slot = Slot(parameter, state, ordinal, name=name)
     if not group["dense"] and parameter.dim() >= 2:
         slot.layout = layout(parameter.shape, group["active_density"])
     if not state:
@@ -524,4 +554,7 @@ def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, 
             own_ages = slot.layout.selected if group["moments"] == "carry" else 1
             state["born"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
     slot.steps = int(state["step"].item())
+    if slot.layout is not None:
+        # Without updates it may never have been selected from: no gradient at a refresh that goes by gradients.
+        slot.fresh = slot.steps == 0 and bool((state["index"] < 0).all())
     return slot

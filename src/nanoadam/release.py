@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -28,29 +28,38 @@ _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def stands_in(gradient: Tensor) -> bool:
-    """Whether it is the empty gradient that some optimizer has left as a witness, see `GradientRelease.stepped`."""
+    """Whether it is the empty gradient that some optimizer has left as a witness, see `GradientRelease`."""
     return gradient.is_sparse and gradient._nnz() == 0
 
 
 def _hand_over(parameter: Tensor) -> None:
+    gradient = parameter.grad
+    if gradient is None:
+        return
     _, refs = _owners.get(parameter, (None, ()))
     alive = [release for release in (ref() for ref in refs) if release is not None]
-    gradient = parameter.grad
-    if not alive or gradient is None:  # every optimizer was deleted: leave the gradient to whoever reads it
+    takers = [release for release in alive if release._takes(parameter, gradient)]
+    if not takers:  # nobody is left who would: it stays where everybody looks for it
         return
     parameter.grad = None
-    for release in alive:
+    for release in takers:
         release._receive(parameter, gradient)
 
 
 class Owner(Protocol):
     """What a release asks of its optimizer."""
 
-    def _collect(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Compact (parameter, dense gradient) pairs; neither is kept afterwards."""
+    def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
+        """Whether this gradient is to be released; raises TypeError if it cannot be used at all."""
 
-    def _drop_held(self) -> None:
-        """The gradients held so far have been zeroed through the model."""
+    def _collect(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Compact (parameter, dense gradient) pairs, each parameter once; neither is kept afterwards."""
+
+    def _drop_held(self, *, in_place: bool) -> None:
+        """The gradients held so far have been zeroed through the model: set to None, or to zero in place."""
+
+    def _witnesses(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Dense tensors, whose `p.grad` can be watched, and selected ones of which gradients are held."""
 
 
 class GradientRelease:
@@ -68,12 +77,12 @@ class GradientRelease:
         self._attached = WeakTensorKeyDictionary()
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._pending_bytes = 0
-        self._callback_queued = False
+        self._task = -1  # the backward whose end we shall hear of
         self._largest = 0  # bytes of the largest gradient, as far as parameters tell
         self._latest: Tensor | None = None
         self._next_bytes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what came after it last time
         self._lock = threading.RLock()  # autograd runs hooks in one thread per device
-        self._witness: tuple[Tensor, Tensor, int] | None = None
+        self._witness: tuple[Tensor, Tensor, int | None] | None = None
         self._witness_hook: tuple[Tensor, RemovableHandle] | None = None
 
     def attach(self, parameter: Tensor) -> None:
@@ -84,7 +93,9 @@ class GradientRelease:
         self._largest = max(self._largest, parameter.nbytes)
         if parameter not in _owners:
             _owners[parameter] = (parameter.register_post_accumulate_grad_hook(_hand_over), [])
-        _owners[parameter][1].append(weakref.ref(self))
+        refs = _owners[parameter][1]
+        refs[:] = [ref for ref in refs if ref() is not None]
+        refs.append(weakref.ref(self))
 
     def detach(self) -> None:
         """Leave all gradients alone from now on."""
@@ -96,29 +107,39 @@ class GradientRelease:
                 handle.remove()
                 del _owners[parameter]
         self._attached = WeakTensorKeyDictionary()
-        self.forget_witness()
+        self._remove_witness()
+
+    def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
+        owner = self._owner()
+        return owner is not None and owner._takes(parameter, gradient)
 
     def _receive(self, parameter: Tensor, gradient: Tensor) -> None:
         with self._lock:
             self.settle()
+            if any(parameter is other for other, _ in self._pending):  # once each, see Owner
+                self.flush()
             self._pending.append((parameter, gradient))
             self._pending_bytes += gradient.nbytes
             if self._latest is not None:
                 self._next_bytes[self._latest] = gradient.nbytes
             self._latest = parameter
+            task = torch._C._current_graph_task_id()
+            if task != self._task:  # a backward within a backward (reentrant checkpointing) is one of its own
+                self._task = task
+                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
             budget = self._budget
             if budget is None:
                 budget = 0 if gradient.device.type == "cpu" else int(GPU_BUDGET * self._largest)
             if self._pending_bytes + self._next_bytes.get(parameter, self._largest) > budget:
                 self.flush()
-            elif not self._callback_queued:
-                self._callback_queued = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
-        self._callback_queued = False
-        self._latest = None
-        self.flush()
+        with self._lock:
+            self._task, self._latest = -1, None
+            self.flush()
+            owner = self._owner()
+            if owner is not None:
+                self._watch(owner, after_step=False)
 
     def flush(self) -> None:
         """Compact what is waiting."""
@@ -131,29 +152,38 @@ class GradientRelease:
     def discard(self) -> None:
         """Forget what is waiting, and any question about older gradients: they have been zeroed."""
         with self._lock:
-            self._pending, self._pending_bytes, self._callback_queued = [], 0, False
+            self._pending, self._pending_bytes, self._task = [], 0, -1
             self.forget_witness()
 
     # Gradients are zeroed through the optimizer, which says so, or through the model, which sets every p.grad to
-    # None or zero and cannot know of held ones. So after a step one parameter's gradient stands witness: if it is
-    # gone or was written to before the next gradient arrives, the model's gradients were zeroed, the held ones too.
+    # None or zero and cannot know of held ones. So the gradient of one dense tensor stands witness. Between two
+    # backwards of one step it is only asked whether it is still there, since it may be clipped or unscaled. After a
+    # step, being replaced or written to counts as well; and where no dense tensor has a gradient, an empty one is put
+    # on a selected tensor until the next backward.
 
-    def stepped(self, dense: Iterable[Tensor], selected: Sequence[Tensor]) -> None:
+    def stepped(self) -> None:
         """A step has used the held gradients; find out before the next backward whether they are to be kept."""
+        owner = self._owner()
+        if owner is not None:
+            self._watch(owner, after_step=True)
+
+    def _watch(self, owner: Owner, *, after_step: bool) -> None:
         self.forget_witness()
+        dense, selected = owner._witnesses()
+        if not selected:
+            return
         parameter = next((p for p in dense if p.grad is not None and not stands_in(p.grad)), None)
+        if parameter is None and not after_step:
+            return
         if parameter is None:
-            parameter = min(selected, key=Tensor.numel, default=None)
-            if parameter is None:
-                return
-            if parameter.grad is None:  # an empty gradient of no size, taken away again by settle()
+            parameter = min(selected, key=Tensor.numel)
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, layout=torch.sparse_coo, requires_grad=False)
         gradient = parameter.grad
         assert gradient is not None
-        self._witness = (parameter, gradient, gradient._version)
+        self._witness = (parameter, gradient, gradient._version if after_step else None)
         if self._witness_hook is None or self._witness_hook[0] is not parameter:
-            if self._witness_hook is not None:
-                self._witness_hook[1].remove()
+            self._remove_witness_hook()
             settle = weakref.WeakMethod(self.settle)  # the parameter must not keep the optimizer alive
 
             def before_accumulation(_: Tensor) -> None:
@@ -164,18 +194,16 @@ class GradientRelease:
             self._witness_hook = parameter, parameter.register_hook(before_accumulation)
 
     def settle(self) -> None:
-        """Drop the held gradients of before the last step if the model's were zeroed since."""
+        """Drop the held gradients if the model's were zeroed since they were taken."""
         if self._witness is None:
             return
         parameter, gradient, version = self._witness
-        zeroed = parameter.grad is not gradient or gradient._version != version
+        gone = parameter.grad is None if version is None else parameter.grad is not gradient
+        in_place = not gone and version is not None and gradient._version != version
         self.forget_witness()
         owner = self._owner()
-        if zeroed and owner is not None:
-            owner._drop_held()
-
-    def __del__(self) -> None:
-        self.forget_witness()
+        if (gone or in_place) and owner is not None:
+            owner._drop_held(in_place=in_place)
 
     def forget_witness(self) -> None:
         """Stop asking whether older gradients were zeroed."""
@@ -184,3 +212,15 @@ class GradientRelease:
             if stands_in(gradient) and parameter.grad is gradient:
                 parameter.grad = None
             self._witness = None
+
+    def _remove_witness_hook(self) -> None:
+        if self._witness_hook is not None:
+            self._witness_hook[1].remove()
+            self._witness_hook = None
+
+    def _remove_witness(self) -> None:
+        self.forget_witness()
+        self._remove_witness_hook()
+
+    def __del__(self) -> None:
+        self._remove_witness()

@@ -204,6 +204,7 @@ def _adam(
     adam: Adam,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """AdamW on float32 values of one shape; `age` int32, same shape or one element. New weight and moments."""
+    lr = adam.lr.reshape(()) if isinstance(adam.lr, Tensor) else adam.lr
     gradient = gradient * adam.grad_scale
     if adam.maximize:
         gradient = -gradient
@@ -212,8 +213,8 @@ def _adam(
     # Bias corrections in float64: 1 - beta2**age has lost half its digits in float32 while age is small.
     correction1 = 1 - adam.beta1 ** age.double()
     correction2 = (1 - adam.beta2 ** age.double()).sqrt().float()
-    step_size = (adam.lr / correction1).float()
-    weight = weight * (1 - adam.lr * adam.weight_decay)
+    step_size = (lr / correction1).float()
+    weight = weight * (1 - lr * adam.weight_decay)
     return weight - step_size * (exp_avg / (exp_avg_sq.sqrt() / correction2 + adam.eps)), exp_avg, exp_avg_sq
 
 
