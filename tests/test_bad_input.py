@@ -128,3 +128,17 @@ def test_parameters_are_required(state):
 def test_a_parameter_without_a_shape_yet_is_named():
     with pytest.raises(TypeError, match="'body.w' has no shape yet"):
         NanoAdam([("body.w", torch.nn.LazyLinear(3).weight)])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_sharded_parameter_is_refused_by_name():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = torch.nn.Parameter(distribute_tensor(torch.randn(4, 30), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(TypeError, match="'body.w' is a DTensor"):
+            NanoAdam([("body.w", sharded)])
+    finally:
+        torch.distributed.destroy_process_group()

@@ -278,3 +278,9 @@ def test_units_fit_the_table() -> None:
 def test_counting_does_not_load_transformers() -> None:
     code = "import sys; from nanoadam import memory; memory.table(params=1e9); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_config_with_a_field_of_the_wrong_type_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"], "hidden_size": "x"}')
+    with pytest.raises(ValueError, match="no model config could be read"):
+        memory.estimate(model=tmp_path)
