@@ -31,6 +31,9 @@ warnings.filterwarnings("ignore", message="GradScaler is going to stop passing i
 class NanoAdam(Optimizer):
     """AdamW on the smallest weights of each tensor (or another criterion); the rest keep their bits.
 
+    Source: Algorithm 1 of arXiv 2506.21374. Of the options, `max_grad_norm`, `gradient_release` and `release_bytes`
+    belong to the optimizer and are not saved; all others belong to a group, may differ between groups, and are.
+
     Args:
         params: parameters, `(name, parameter)` pairs, or groups as from `nanoadam.param_groups(model)`. Groups with
             `dense=True`, and tensors of dimension < 2, get ordinary AdamW.
@@ -48,7 +51,9 @@ class NanoAdam(Optimizer):
         state_dtype: of the moments, torch.bfloat16 or torch.float32.
         stochastic_rounding: of bfloat16 moments and bfloat16 weights; otherwise to nearest.
         seed: of the random bits, which depend on it, the step, the tensor and the position alone.
-        gradient_release: cut gradients down to their selected entries during backward; `p.grad` is then None.
+        gradient_release: cut gradients down to their selected entries during backward; `p.grad` is then None, for
+            hooks that were registered later too. After `step()`, in a model without dense tensors, one parameter has
+            an empty sparse `p.grad` until the next backward: it shows whether the model's gradients were zeroed.
         grad_dtype: of the entries held until they are zeroed.
         max_grad_norm: clip by the norm of what will be applied: held entries and gradients of dense tensors.
         maximize: ascend.
