@@ -52,7 +52,7 @@ def for_trainer(
         raise TypeError(f"NanoAdam has no option {unknown[0]!r}: see help(nanoadam.NanoAdam) for those it has")
     given = inspect.signature(NanoAdam).bind(groups, lr=lr, weight_decay=weight_decay, **options)
     given.apply_defaults()
-    checks.check_norm(given.arguments["max_grad_norm"])
+    checks.check_release(*(given.arguments[key] for key in ("max_grad_norm", "gradient_release", "release_bytes")))
     for i, group in enumerate(groups):
         settings = {**given.arguments, **group}
         checks.check_options(settings, checks.label(group, i))

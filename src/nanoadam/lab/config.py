@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanoadam import checks
 from nanoadam.baselines import BASELINES
 from nanoadam.lab.runs import nearest
 
@@ -116,7 +115,8 @@ class Config:
         for name in ("model", "train"):
             if not getattr(self, name):
                 raise ValueError(f"there is no {name}: give --{name}, or {name} = ... in the config file")
-        checks.check_norm(self.max_grad_norm)
+        if self.max_grad_norm == 0:
+            raise ValueError("max_grad_norm must be positive, or left out for no clipping, got 0")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share}")
 
