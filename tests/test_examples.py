@@ -47,7 +47,15 @@ def test_peft_lora(capsys: pytest.CaptureFixture[str]) -> None:
     assert losses(out)[-1] < losses(out)[0] - 0.5
 
 
+def test_trl_sft(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    found = losses(run("trl_sft.py", capsys))
+    assert len(found) == 4
+    assert found[-1] < 0.1 * found[0]
+
+
 def test_no_example_is_left_out() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == {
-        "accelerate_loop.py", "peft_lora.py", "plain_loop.py", "trainer.py",
+        "accelerate_loop.py", "peft_lora.py", "plain_loop.py", "trainer.py", "trl_sft.py",
     }  # fmt: skip
