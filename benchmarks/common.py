@@ -21,6 +21,7 @@ from torch import Tensor
 
 import nanoadam
 from nanoadam.memory import align
+from nanoadam.state import state_bytes as state_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GB = 1e9
@@ -229,21 +230,6 @@ def peak(device: torch.device) -> int | None:
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state tensors, by their shapes and dtypes."""
-    if isinstance(optimizer, nanoadam.NanoAdam):
-        return optimizer.state_bytes()
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(_nbytes(value) for value in values if isinstance(value, Tensor))
-
-
-def _nbytes(tensor: Tensor) -> int:
-    flatten = getattr(tensor, "__tensor_flatten__", None)  # torchao's 8-bit states are tensors made of tensors
-    if flatten is None:
-        return tensor.nbytes
-    return sum(_nbytes(getattr(tensor, name)) for name in flatten()[0])
 
 
 # NanoAdam ------------------------------------------------------------------------------------------------

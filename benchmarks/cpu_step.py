@@ -12,10 +12,10 @@ from typing import Any
 
 import common
 import torch
-from shapes import MODELS, Shapes, count
 from torch import Tensor
 
 from nanoadam import NanoAdam
+from nanoadam.lab.shapes import MODELS, Shapes, count
 
 CPU = torch.device("cpu")
 INTERVAL = 100

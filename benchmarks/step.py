@@ -6,16 +6,17 @@ Example: python benchmarks/step.py --model bert-base,llama-2-7b --launches --jso
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
 import torch
-from shapes import MODELS, Shapes, count
 from torch import Tensor
 
 from nanoadam import NanoAdam
 from nanoadam.chunks import layout
+from nanoadam.lab.shapes import MODELS, Shapes, count
 
 PEERS = ("adamw", "sgd", "bitsandbytes", "torchao")
 SECTOR = 32  # bytes that a GPU moves at least, however few of them are wanted
@@ -208,10 +209,11 @@ class Bench:
         before = common.allocated(self.device)
         grad_dtype = common.DTYPES[options.grad_dtype]
         optimizer = NanoAdam(tensors.groups(), lr=1e-5, density=density, mask_interval=10**9, grad_dtype=grad_dtype)
+        drop = functools.partial(optimizer._drop_held, in_place=False)
         pairs, batches = tensors.pairs(), tensors.batches()
         optimizer._collect(pairs)
         optimizer.step()
-        optimizer._drop_held()
+        drop()
         common.make_due(optimizer)
         optimizer.refresh()  # from the first refresh with moments on, every selected weight has an entry step
         found: dict[str, Any] = {"method": f"NanoAdam k = {100 * density:g} %", "density": density}
@@ -240,19 +242,19 @@ class Bench:
                 optimizer._collect(batch)
 
         def due() -> None:
-            optimizer._drop_held()
+            drop()
             common.perturb([weight for weight, _ in pairs], options.change)
             common.make_due(optimizer)
 
         def interval() -> None:  # one mask interval of the paper's GSM8K setting, without backward
             common.make_due(optimizer)
             for _ in range(options.interval):
-                optimizer._drop_held()
+                drop()
                 gather_in_batches()
                 optimizer.step()
 
-        gather = self.clocks(gather_at_once, optimizer._drop_held)
-        batched = self.clocks(gather_in_batches, optimizer._drop_held)
+        gather = self.clocks(gather_at_once, drop)
+        batched = self.clocks(gather_in_batches, drop)
         refresh = self.clocks(optimizer.refresh, due)
         stayed = self._stayed(optimizer, pairs[len(pairs) // 2][0], due)
         hold(dense=True)
@@ -282,7 +284,7 @@ class Bench:
         if options.launches:
             optimizer._collect(pairs)
             found["launches"] = {"step": common.launches(optimizer.step, self.device)}
-            optimizer._drop_held()
+            drop()
             found["launches"]["gather"] = common.launches(gather_at_once, self.device)
             found["launches"]["gather_in_batches"] = common.launches(gather_in_batches, self.device)
             due()

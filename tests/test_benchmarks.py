@@ -1,6 +1,5 @@
 """The benchmarks run on tiny shapes and write what their README says; nothing here looks at a time."""
 
-import importlib.util
 import json
 import math
 import os
@@ -13,15 +12,9 @@ import pytest
 import torch
 
 import nanoadam
+from nanoadam.lab import shapes
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(program, *arguments):
@@ -40,8 +33,6 @@ def results(program, *arguments):
     assert data["machine"]["date"]
     return data
 
-
-shapes = load("shapes")
 
 COUNTS = {
     "minilm": 22_713_216,
