@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 import nanoadam
 from nanoadam import cli, memory
 
-COMMANDS = ["compare", "demo", "finetune", "memory"]
+COMMANDS = ["bench", "compare", "demo", "finetune", "memory"]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import nanoadam
 from nanoadam import memory as costs
+from nanoadam.baselines import BASELINES
 from nanoadam.lab.config import FIELDS, Config, read
+from nanoadam.lab.shapes import MODELS
 
 try:
     import typer
@@ -30,7 +32,7 @@ try:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.table import Table
+    from rich.table import Column, Table
 except ModuleNotFoundError as missing:
     if missing.name not in {"typer", "rich"}:
         raise
@@ -338,6 +340,51 @@ def compare(
     for line in lab.limits(results):
         console.print(line, soft_wrap=True)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command(epilog="Example: nanoadam bench --shapes bert-base --optimizers adamw,microadam,nanoadam")
+def bench(
+    shapes: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder with a config.json, or a hub id: only the config is read.", show_default=False),
+    ] = None,
+    optimizers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(BASELINES),
+    optimizer_options: Annotated[
+        str | None, typer.Option(help="Like galore.rank=64, separated by commas.", show_default=False)
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of the weights that NanoAdam selects.")] = 0.01,
+    mask_interval: Annotated[int, typer.Option(help="Steps between NanoAdam's selections.")] = 100,
+    dtype: Annotated[str, typer.Option(help="Of weights and gradients: bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Timed steps of each.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Every optimizer alone on random tensors of a model's shapes: state, time of a step, peak, and ratio to AdamW."""
+    for module in ("matplotlib", "numpy"):
+        importlib.import_module(module)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from nanoadam.lab import bench as lab
+
+    settings = lab.Settings(
+        shapes, model, _list("optimizers", optimizers, str),
+        () if optimizer_options is None else _list("optimizer_options", optimizer_options, str),
+        density, mask_interval, dtype, device, repeats,
+    )  # fmt: skip
+    with _progress() as bar:
+        task = bar.add_task("starting", total=None)
+        results = lab.run(settings, lambda what, done, n: bar.update(task, description=what, completed=done, total=n))
+    if as_json:
+        print(json.dumps(results))
+        return
+    head, *rows = lab.lines(results)
+    table = Table(head[0], *(Column(name, justify="right", no_wrap=True) for name in head[1:]), box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    console.print(table)
+    for line in lab.foot(results):
+        console.print(line, soft_wrap=True)
 
 
 def _list(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
