@@ -169,7 +169,8 @@ class NanoAdam(Optimizer):
                 if slot is None:
                     continue
                 step = slot.state["step"]
-                slot.state["step"] = counts.setdefault((i, step.device, slot.steps), step)
+                if not group["capturable"]:  # a graph that adds to a shared count could not leave one tensor out
+                    slot.state["step"] = counts.setdefault((i, step.device, slot.steps), step)
                 (dense if slot.layout is None else selected).append(slot)
                 if trained and slot.layout is not None and self._releases(i):
                     self._release.attach(parameter)
@@ -348,15 +349,14 @@ class NanoAdam(Optimizer):
             sharing[count] = sharing.get(count, 0) + 1
         for slot in slots:
             sharing[id(slot.state["step"])] -= 1
-        counted: dict[int, Tensor] = {}
+        counts: dict[int, Tensor] = {}
         for slot in slots:
             slot.steps += 1
             old = slot.state["step"]
-            new = counted.get(id(old))
-            if new is None:  # a new count where others of the old one stand still
-                new = counted[id(old)] = old.add_(1) if sharing[id(old)] == 0 else old + 1
-                counted[id(new)] = new
-            slot.state["step"] = new
+            # A count of their own for these where others of the old one stand still.
+            slot.state["step"] = counts.setdefault(id(old), old if sharing[id(old)] == 0 else old.clone())
+        if counts:
+            torch._foreach_add_(list(counts.values()), 1)
 
     # Gradients
 
