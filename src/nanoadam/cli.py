@@ -295,7 +295,11 @@ def compare(
     ] = None,
     optimizers: Annotated[str | None, typer.Option(help="Separated by commas.", show_default="adamw,nanoadam")] = None,
     learning_rates: Annotated[
-        str | None, typer.Option(help="Tried for each optimizer.", show_default="1e-5,1e-4,1e-3")
+        list[str] | None,
+        typer.Option(
+            help="Tried for each optimizer or variant; NAME=1e-5,1e-4 for that one alone, as often as needed.",
+            show_default="1e-5,1e-4,1e-3",
+        ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Each run is repeated with each.", show_default="0,1,2")] = None,
     retain: Annotated[
@@ -304,9 +308,10 @@ def compare(
     as_json: Json = False,
     keys: dict[str, Any] | None = None,
 ) -> None:
-    """Several optimizers on one job, each at its best learning rate: one table.
+    """Several optimizers or variants of one job, each at its best learning rate: one table.
 
-    Takes the options of finetune; --optimizer, --learning-rate and --seed give way to the lists here.
+    Takes the options of finetune; --optimizer, --learning-rate and --seed give way to the lists here. Variants stand
+    in the TOML file, each in a section [compare.variants.NAME] with the keys it sets and its learning_rates.
     """
     for module in EXTRAS | LAB_EXTRAS:
         importlib.import_module(module)
@@ -314,12 +319,17 @@ def compare(
     from nanoadam.lab import compare as lab
 
     given = {**(read(config, {"compare": lab.KEYS}) if config else {}), **(keys or {})}
-    lists = {"optimizers": (optimizers, str), "learning_rates": (learning_rates, float), "seeds": (seeds, int)}
     own: dict[str, Any] = {key: given.pop(key) for key in lab.KEYS if key in given}
-    own |= {key: _list(key, text, kind) for key, (text, kind) in lists.items() if text is not None}
+    if optimizers is not None:
+        own |= {"optimizers": _list("optimizers", optimizers, str), "variants": None}
+    if learning_rates:
+        own["learning_rates"] = _grids(learning_rates)
+    if seeds is not None:
+        own["seeds"] = _list("seeds", seeds, int)
+    variants = lab.variants(*(own.pop(key, None) for key in ("optimizers", "learning_rates", "variants")))
     own |= {} if retain is None else {"retain": retain}
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
-    comparison = lab.Comparison(Config(**given), **own)
+    comparison = lab.Comparison(Config(**given), variants, **own)
     folder = out or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     with _progress() as bar:
         task = bar.add_task("reading model and data", total=None)
@@ -331,13 +341,15 @@ def compare(
     if as_json:
         print(json.dumps({"out": str(folder), **results}))
         return
-    head, *rows = lab.lines(results)
+    from nanoadam.lab import tables
+
+    head, *rows = tables.lines(results)
     table = Table(*head, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     console = _console()
     console.print(table)
-    for line in lab.limits(results):
+    for line in tables.foot(results):
         console.print(line, soft_wrap=True)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
@@ -385,6 +397,17 @@ def bench(
     console.print(table)
     for line in lab.foot(results):
         console.print(line, soft_wrap=True)
+
+
+def _grids(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Grids by name, "" for the rest, from texts like "1e-5,1e-4" and "adamw=1e-5,1e-4"."""
+    found = {}
+    for text in texts:
+        name, equals, values = text.rpartition("=")
+        if equals and not name:
+            raise ValueError(f"--learning-rates must be like 1e-5,1e-4 or adamw=1e-5,1e-4, got {text!r}")
+        found[name.strip()] = _list("learning_rates", values, float)
+    return found
 
 
 def _list(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """Several optimizers on one job: the same start and data for all, one table, and forgetting where it is asked for."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ pytest.importorskip("transformers")
 
 import tiny
 from nanoadam import cli
-from nanoadam.lab import compare, runs
+from nanoadam.lab import compare, finetune, runs, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -43,7 +44,7 @@ def whole(job: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_every_optimizer_runs_at_every_rate_and_seed(whole: Path) -> None:
     lines = runs.read_lines(whole / "metrics.jsonl")
-    keys = {(line["optimizer"], line["learning_rate"], line["seed"]) for line in lines}
+    keys = {(line["variant"], line["learning_rate"], line["seed"]) for line in lines}
     assert keys == {(o, lr, s) for o in ("adamw", "nanoadam") for lr in (1e-4, 1e-2) for s in (0, 1)}
     assert len(lines) == 8
     assert {p.name for p in whole.iterdir()} == {"config.toml", "manifest.json", "metrics.jsonl", "report.html", "runs"}
@@ -84,9 +85,9 @@ def test_config_toml_reruns_the_comparison(whole: Path, tmp_path: Path, capsys: 
     arguments = ["compare", str(whole / "config.toml"), "--seeds", "1", "--learning-rates", "1e-2", "--json"]
     assert cli.main([*arguments, "--out", str(tmp_path / "again")]) == 0
     printed = json.loads(capsys.readouterr().out)
-    before = {(r["optimizer"], r["learning_rate"], r["seed"]): r for r in runs.read_lines(whole / "metrics.jsonl")}
+    before = {(r["variant"], r["learning_rate"], r["seed"]): r for r in runs.read_lines(whole / "metrics.jsonl")}
     for one in printed["runs"]:
-        old = before[one["optimizer"], one["learning_rate"], one["seed"]]
+        old = before[one["variant"], one["learning_rate"], one["seed"]]
         assert (one["metric"], one["forgetting"]) == (old["metric"], old["forgetting"])
 
 
@@ -102,11 +103,102 @@ def test_another_metric_may_decide(job: dict[str, object], tmp_path: Path) -> No
 
 def test_a_rate_at_which_a_run_diverged_is_not_chosen() -> None:
     def outcome(lr: float, metric: float | None) -> dict[str, object]:
-        return {"optimizer": "adamw", "learning_rate": lr, "seed": 0, "metric": metric}
+        key = {"variant": "mine", "optimizer": "adamw", "learning_rate": lr, "seed": 0, "metric": metric}
+        return {**key, "stopped": "the loss is nan"} if metric is None else key
 
-    assert compare.table([outcome(1, 0.5), outcome(2, None)], True)[0]["learning_rate"] == 1
-    assert compare.table([outcome(1, 0.5), outcome(2, float("nan"))], False)[0]["learning_rate"] == 1
-    assert compare.table([outcome(1, None)], True) == [{"optimizer": "adamw", "learning_rate": None}]
+    assert tables.table([outcome(1, 0.5), outcome(2, None)], True)[0]["learning_rate"] == 1
+    assert tables.table([outcome(1, 0.5), outcome(2, float("nan"))], False)[0]["learning_rate"] == 1
+    none = {"variant": "mine", "optimizer": "adamw", "learning_rate": None, "stopped": ["the loss is nan"]}
+    assert tables.table([outcome(1, None)], True) == [none]
+
+
+VARIANTS = """
+[compare]
+seeds = [0]
+[compare.variants.adamw]
+learning_rates = [1e-4, 1e-3]
+[compare.variants.static]
+optimizer = "nanoadam"
+density = 0.5
+mask_interval = 1000000
+learning_rates = [1e-3]
+[compare.variants.large-reset]
+optimizer = "nanoadam"
+criterion = "largest"
+moments = "reset"
+keep_zeros = true
+"""
+
+
+def variants(job: dict[str, object], root: Path, text: str = VARIANTS, **keys: object) -> Path:
+    base = {
+        key.replace("-", "_"): value for key, value in job.items() if key not in ("seeds", "learning-rates", "retain")
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {**base, "save_model": False, **keys}.items()]
+    (root / "variants.toml").write_text("\n".join(lines) + "\n" + text)
+    return root / "variants.toml"
+
+
+def test_a_variant_sets_keys_and_has_a_grid_of_its_own(job: dict[str, object], tmp_path: Path) -> None:
+    file, out = variants(job, tmp_path), tmp_path / "run"
+    assert cli.main(["compare", str(file), "--learning-rates", "large-reset=1e-2,1e-1", "--out", str(out)]) == 0
+    grids = {"adamw": {1e-4, 1e-3}, "static": {1e-3}, "large-reset": {1e-2, 1e-1}}
+    lines = runs.read_lines(out / "metrics.jsonl")
+    assert {name: {li["learning_rate"] for li in lines if li["variant"] == name} for name in grids} == grids
+    results = json.loads((out / "manifest.json").read_text())["results"]
+    assert [(row["variant"], row["optimizer"]) for row in results["table"]] == [
+        ("adamw", "adamw"), ("static", "nanoadam"), ("large-reset", "nanoadam")]  # fmt: skip
+    shares = {row["variant"]: row["touched"]["mean"] for row in results["table"]}
+    assert shares["large-reset"] < shares["static"] < shares["adamw"]
+    settings = json.loads((out / "runs" / "static-0.001-0" / "manifest.json").read_text())["settings"]
+    assert (settings["density"], settings["mask_interval"], settings["criterion"]) == (0.5, 1000000, "smallest")
+    again = lab_comparison(out / "config.toml")
+    assert again.variants == lab_comparison(file, {"large-reset": (1e-2, 1e-1)}).variants
+
+
+def lab_comparison(file: Path, rates: object = None) -> compare.Comparison:
+    from nanoadam.lab import config as configs
+
+    keys = configs.read(file, {"compare": compare.KEYS})
+    own = {key: keys.pop(key) for key in compare.KEYS if key in keys}
+    chosen = compare.variants(None, rates or own.get("learning_rates"), own["variants"])
+    return compare.Comparison(configs.Config(**keys), chosen, tuple(own["seeds"]))
+
+
+def test_the_selection_of_a_static_mask_is_made_once(job: dict[str, object], tmp_path: Path) -> None:
+    case = next(c for c in lab_comparison(variants(job, tmp_path)).cases() if c.variant == "static")
+    results = finetune.run(dataclasses.replace(case.config, max_steps=4, log_every=1), tmp_path / "run")
+    lines = runs.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["touched"] for line in lines if line["event"] == "train"] == [pytest.approx(0.5, abs=0.01)] * 4
+    assert results["touched"] < 0.7
+    assert not (tmp_path / "run" / "model").exists()  # save_model = false
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[compare.variants.a]\noptimiser = 'sgd'", ["variant a: there is no key 'optimiser'", "'optimizer'?"]),
+        ("[compare.variants.a]\nseed = 1", ["variant a cannot set seed"]),
+        ("[compare.variants.a]\ndensity = 'much'", ["variant a: density must be a number"]),
+        ("[compare.variants.a]\noptimizer = 'sdg'", ["optimizer 'sdg' is unknown"]),
+        ("[compare.variants.a]\nlearning_rates = 'all'", ["learning_rates of a must be a list of numbers"]),
+        ("[compare.variants.a]\nlearning_rates = []", ["learning_rates of a must be a list of numbers"]),
+        ("[compare.variants.'a/b']", ["the variant 'a/b' needs a name of letters"]),
+        ("[compare]\nvariants = 3", ["variants must be sections like [compare.variants.NAME]"]),
+        ("[compare]\noptimizers = ['sgd']\n[compare.variants.a]", ["give either optimizers or variants"]),
+        ("[compare]\nvariants = {}", ["variants is empty"]),
+    ],
+    ids=str,
+)
+def test_a_bad_variant_is_one_sentence(
+    job: dict[str, object], text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", str(variants(job, tmp_path, text)), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +206,9 @@ def test_a_rate_at_which_a_run_diverged_is_not_chosen() -> None:
     [
         ({"optimizers": "adamw,nanadam"}, ["optimizer 'nanadam' is unknown", "'nanoadam'?"]),
         ({"learning_rates": "1e-3,fast"}, ["--learning-rates must be numbers"]),
+        ({"learning_rates": "nanadam=1e-3"}, ["a grid for 'nanadam', which is no variant", "'nanoadam'?"]),
+        ({"learning_rates": "adamw=1e-3,0.001"}, ["learning_rates of adamw holds something twice"]),
+        ({"optimizers": "adamw,adamw"}, ["optimizers holds something twice"]),
         ({"seeds": "1,1"}, ["seeds holds something twice"]),
         ({"retain": "nowhere.txt"}, ["there is no text file nowhere.txt"]),
         ({"task": "text-classification"}, ["retain measures the loss of language models"]),

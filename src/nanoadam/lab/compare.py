@@ -1,7 +1,8 @@
-"""Several optimizers on the same job: a learning-rate grid for each, the same seeds and order of data, one table.
+"""Several variants of one job, each over its own grid of learning rates, with the same seeds and order of data.
 
-Each run is a finetuning run with a folder of its own. A learning rate is chosen for each optimizer by the mean of the
-validation metric over the seeds; what is measured of forgetting takes no part in the choice.
+A variant is a name, keys of the config that it sets, and its learning rates. Each run is a finetuning run with a
+folder of its own. A learning rate is chosen for each variant by the mean of the validation metric over the seeds;
+what is measured of forgetting takes no part in the choice.
 """
 
 from __future__ import annotations
@@ -9,22 +10,65 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
-from nanoadam.lab import finetune, models, optimizers, report, runs
-from nanoadam.lab.config import Config
-from nanoadam.lab.plots import size
+from nanoadam.baselines import BASELINES
+from nanoadam.lab import finetune, models, runs, tables
+from nanoadam.lab import optimizers as methods
+from nanoadam.lab.config import FIELDS, Config
+from nanoadam.lab.runs import nearest
+from nanoadam.lab.tables import CHOICE, Outcome
 
-CHOICE = "best mean of the validation metric over the seeds"
+OPTIMIZERS = ("adamw", "nanoadam")
+LEARNING_RATES = (1e-5, 1e-4, 1e-3)
+
+# What a variant may not set: these belong to the comparison, or would make one metric of two.
+SHARED = ("learning_rate", "seed", "task", "metric", "validation", "validation_share", "validation_rows")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many runs are done, how many there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One column of the table.
+
+    Args:
+        name: letters, digits and `._+-`; it names folders.
+        learning_rates: its grid.
+        overrides: keys of the config that it sets. A variant called like an optimizer has that one unless told
+            otherwise.
+
+    Raises:
+        ValueError: for a name that is none, an empty grid, a rate twice, or a key that a variant cannot set.
+    """
+
+    name: str
+    learning_rates: tuple[float, ...]
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name):
+            raise ValueError(f"the variant {self.name!r} needs a name of letters, digits and . _ + -")
+        object.__setattr__(self, "learning_rates", _rates(self.name, self.learning_rates))
+        for key in self.overrides:
+            if key not in FIELDS:
+                raise ValueError(f"variant {self.name}: there is no key {key!r}{nearest(key, FIELDS)}")
+            if key in SHARED:
+                raise ValueError(f"variant {self.name} cannot set {key}: it is the same for all variants")
+        if "optimizer" not in self.overrides and self.name in BASELINES:
+            object.__setattr__(self, "overrides", {"optimizer": self.name, **self.overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a TOML file."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.overrides.items()}
+        return {**plain, "learning_rates": list(self.learning_rates)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,60 +76,136 @@ class Comparison:
     """What is compared.
 
     Args:
-        config: the job; its optimizer, learning rate and seed give way to these.
-        optimizers: by name.
-        learning_rates: the grid, the same for all.
+        config: the job; its learning rate and seed give way to these.
+        variants: see `Variant`, and `variants` for a short form.
         seeds: each run is repeated with each.
         retain: a text file that a language model must not forget; measured as loss per token.
 
     Raises:
-        ValueError: for an unknown optimizer, an empty list, or `retain` with another kind of model.
+        ValueError: for an empty list, something twice, a variant that is no valid config, or `retain` with another
+            kind of model.
     """
 
     config: Config
-    optimizers: tuple[str, ...] = ("adamw", "nanoadam")
-    learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3)
+    variants: tuple[Variant, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     retain: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
-        for name in ("optimizers", "learning_rates", "seeds"):
-            values = getattr(self, name)
+        names = tuple(variant.name for variant in self.variants)
+        for what, values in (("variants", names), ("seeds", self.seeds)):
             if not values:
-                raise ValueError(f"{name} is empty: give at least one")
+                raise ValueError(f"{what} is empty: give at least one")
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} holds something twice: {', '.join(map(str, values))}")
-        for name in self.optimizers:
-            optimizers.method(name)
+                raise ValueError(f"{what} holds something twice: {', '.join(map(str, values))}")
+        for variant in self.variants:
+            try:
+                config = self._config(variant, variant.learning_rates[0], self.seeds[0])
+                methods.options(config)
+            except ValueError as error:
+                raise ValueError(f"variant {variant.name}: {error}") from error
+            methods.method(config.optimizer)
         if self.retain is not None and self.config.task != "causal-lm":
             raise ValueError(f"retain measures the loss of language models, and {self.config.task} trains none")
         if self.retain is not None and not Path(self.retain).is_file():
             raise ValueError(f"there is no text file {self.retain} to retain")
 
+    def _config(self, variant: Variant, learning_rate: float, seed: int) -> Config:
+        return dataclasses.replace(self.config, **variant.overrides, learning_rate=learning_rate, seed=seed)
+
+    def cases(self) -> list[Case]:
+        """Every run there is, variant by variant."""
+        return [
+            Case(variant.name, self._config(variant, lr, seed))
+            for variant in self.variants
+            for lr in variant.learning_rates
+            for seed in self.seeds
+        ]
+
     def to_toml(self) -> str:
         """The job's keys and those of [compare]; reading it gives the same comparison."""
         import tomli_w
 
-        own = {key: getattr(self, key) for key in ("optimizers", "learning_rates", "seeds", "retain")}
-        section = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items() if value}
+        section: dict[str, Any] = {"seeds": list(self.seeds)} | ({"retain": self.retain} if self.retain else {})
+        section["variants"] = {variant.name: variant.to_dict() for variant in self.variants}
         text = self.config.to_toml().replace("nanoadam finetune", "nanoadam compare")
         return f"{text}\n{tomli_w.dumps({'compare': section})}"
 
 
-KEYS = tuple(field.name for field in dataclasses.fields(Comparison) if field.name != "config")
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run of a comparison: a variant at one learning rate with one seed."""
 
-# The rows of the table: key of a run's results, what it says, unit.
-ROWS: tuple[tuple[str, str, str], ...] = (
-    ("memory_weights", "memory: weights", "B"),
-    ("memory_gradients", "memory: gradients", "B"),
-    ("memory_state", "memory: optimizer state", "B"),
-    ("memory_rest", "memory: rest", "B"),
-    ("seconds_per_step", "time per step", "s"),
-    ("touched", "weights moved", "%"),
-    ("l2_moved", "l2 distance moved", ""),
-    ("forgetting", "forgetting (loss per token, after - before)", ""),
-)
+    variant: str
+    config: Config
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What tells it from all others."""
+        return self.variant, self.config.learning_rate, self.config.seed
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.variant}-{self.config.learning_rate:g}-{self.config.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.variant}, learning rate {self.config.learning_rate:g}, seed {self.config.seed}"
+
+
+KEYS = ("optimizers", "learning_rates", "seeds", "variants", "retain")
+"""What may stand in the section [compare] of a TOML file."""
+
+
+def variants(
+    optimizers: Sequence[str] | None = None,
+    learning_rates: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+    sections: Any = None,
+) -> tuple[Variant, ...]:
+    """Variants from what may stand in [compare].
+
+    Args:
+        optimizers: the short form: each is a variant without keys of its own.
+        learning_rates: for variants without a grid of their own; or grids by name, with that of all others under
+            "", which win over the variants' own.
+        sections: overrides by name, with a grid under `learning_rates` where it has one.
+
+    Raises:
+        ValueError: for both forms at once, or a grid for a name that there is none of.
+    """
+    if optimizers is not None and sections is not None:
+        raise ValueError("give either optimizers or variants: a variant says with optimizer = ... which it has")
+    if not isinstance(sections or {}, dict) or not all(isinstance(own, dict) for own in (sections or {}).values()):
+        raise ValueError("variants must be sections like [compare.variants.NAME]")
+    if optimizers is not None:
+        if len(set(optimizers)) < len(optimizers):
+            raise ValueError(f"optimizers holds something twice: {', '.join(optimizers)}")
+        for name in optimizers:
+            methods.method(name)
+    found = {name: {} for name in optimizers or OPTIMIZERS} if sections is None else sections
+    grids = learning_rates if isinstance(learning_rates, Mapping) else {}
+    rest = LEARNING_RATES if learning_rates is None or isinstance(learning_rates, Mapping) else learning_rates
+    for name in grids:
+        if name and name not in found:
+            raise ValueError(f"learning_rates has a grid for {name!r}, which is no variant{nearest(name, found)}")
+    made = []
+    for name, own in found.items():
+        overrides = {key: value for key, value in own.items() if key != "learning_rates"}
+        grid = grids.get(name, grids.get("", own.get("learning_rates", rest)))
+        made.append(Variant(name, grid, overrides))
+    return tuple(made)
+
+
+def _rates(name: str, values: Any) -> tuple[float, ...]:
+    good = isinstance(values, (list, tuple)) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf for value in values
+    )
+    if not good or not values:
+        raise ValueError(f"learning_rates of {name} must be a list of numbers, got {values!r}")
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise ValueError(f"learning_rates of {name} holds something twice: {', '.join(map(str, values))}")
+    return tuple(float(value) for value in values)
 
 
 def run(comparison: Comparison, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -97,7 +217,7 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None) -> 
         progress: told before each run.
 
     Returns:
-        `{"metric", "runs": [...], "table": [...]}`; see `table`.
+        `{"metric", "runs": [...], "table": [...]}`; see `tables.table`.
 
     Raises:
         FileExistsError: `out` is a file or holds files.
@@ -111,34 +231,31 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None) -> 
     )
     if out.exists():
         runs.prepare_folder(out)
-    for name in comparison.optimizers:
-        job = finetune.prepare(dataclasses.replace(comparison.config, optimizer=name, seed=comparison.seeds[0]))
+    cases = comparison.cases()
+    for variant in comparison.variants:
+        case = next(case for case in cases if case.variant == variant.name)
+        job = finetune.prepare(case.config)
     before = _retained(comparison, None) if comparison.retain else None
     runs.prepare_folder(out)
     runs.write(out / "config.toml", comparison.to_toml())
-    cases = [
-        dataclasses.replace(comparison.config, optimizer=name, learning_rate=lr, seed=seed)
-        for name in comparison.optimizers
-        for lr in comparison.learning_rates
-        for seed in comparison.seeds
-    ]
     outcomes = []
-    for done, config in enumerate(cases):
-        tell(f"{config.optimizer}, learning rate {config.learning_rate:g}, seed {config.seed}", done, len(cases))
-        outcome = _one(comparison, config, out / "runs", job.task.metric, before)
+    for done, case in enumerate(cases):
+        tell(str(case), done, len(cases))
+        outcome = _one(comparison, case, out / "runs", job.task.metric, before)
         runs.append(out / "metrics.jsonl", outcome)
         outcomes.append(outcome)
     tell("done", len(cases), len(cases))
     results = {
         "metric": job.task.metric,
+        "higher_is_better": job.task.higher_is_better,
         "learning_rate_choice": CHOICE,
-        "table": table(outcomes, job.task.higher_is_better),
-        "limits": optimizers.limits(comparison.optimizers),
+        "table": tables.table(outcomes, job.task.higher_is_better),
+        "limits": methods.limits(dict.fromkeys(case.config.optimizer for case in cases)),
         "runs": outcomes,
     }
     manifest = {
         "command": "nanoadam compare",
-        "kind": "comparison of optimizers on one job, each at its own learning rate",
+        "kind": "comparison of variants of one job, each at its own learning rate",
         "pseudocode": runs.PSEUDOCODE,
         **runs.environment(),
         "data": job.sources,
@@ -146,19 +263,29 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None) -> 
         "seeds": list(comparison.seeds),
         "results": results,
     }
-    runs.write(out / "report.html", _page(comparison, manifest))
+    runs.write(out / "report.html", tables.page(f"compare: {comparison.config.task}", _lead(comparison), manifest))
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return results
 
 
-def _one(comparison: Comparison, config: Config, folder: Path, metric: str, before: float | None) -> dict[str, Any]:
+def _lead(comparison: Comparison) -> str:
+    config = comparison.config
+    grids = "; ".join(f"{v.name}: {', '.join(f'{lr:g}' for lr in v.learning_rates)}" for v in comparison.variants)
+    return (
+        f"{config.model}, {config.task} on {config.train}, seeds {', '.join(map(str, comparison.seeds))}: mean ± "
+        f"standard deviation over them. Learning rate of each variant: {CHOICE}, from its grid ({grids})."
+    )
+
+
+def _one(comparison: Comparison, case: Case, folder: Path, metric: str, before: float | None) -> Outcome:
     """One run's line: its key, and its results or why it has none."""
-    key = {"optimizer": config.optimizer, "learning_rate": config.learning_rate, "seed": config.seed}
-    out = folder / f"{config.optimizer}-{config.learning_rate:g}-{config.seed}"
+    variant, learning_rate, seed = case.key
+    key = {"variant": variant, "optimizer": case.config.optimizer, "learning_rate": learning_rate, "seed": seed}
+    out = folder / case.name
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
-        results = finetune.run(config, out)
+        results = finetune.run(case.config, out)
     except finetune.Diverged as error:
         return {**key, "metric": None, "stopped": str(error)}
     found = {
@@ -172,63 +299,6 @@ def _one(comparison: Comparison, config: Config, folder: Path, metric: str, befo
         after = _retained(comparison, out / "model")
         found |= {"retained_before": before, "retained_after": after, "forgetting": after - before}
     return found
-
-
-def table(outcomes: Sequence[dict[str, Any]], higher_is_better: bool) -> list[dict[str, Any]]:
-    """One entry per optimizer at its chosen rate: `{"optimizer", "learning_rate", <key>: {"mean", "std"}, ...}`.
-
-    An optimizer whose runs all diverged has a learning rate of None. With one seed there is no deviation.
-    """
-    sign = 1 if higher_is_better else -1
-    rows = []
-    for name in dict.fromkeys(o["optimizer"] for o in outcomes):
-        own = [o for o in outcomes if o["optimizer"] == name]
-
-        def merit(lr: float, own: list[dict[str, Any]] = own) -> float:
-            values = [o["metric"] for o in own if o["learning_rate"] == lr]
-            good = all(value is not None and math.isfinite(value) for value in values)
-            return sign * statistics.mean(values) if good else -math.inf
-
-        best = max(dict.fromkeys(o["learning_rate"] for o in own), key=merit)
-        if merit(best) == -math.inf:
-            rows.append({"optimizer": name, "learning_rate": None})
-            continue
-        chosen = [o for o in own if o["learning_rate"] == best]
-        keys = [key for key in ("metric", *(key for key, _, _ in ROWS)) if all(key in o for o in chosen)]
-        spreads = {key: _spread([float(o[key]) for o in chosen]) for key in keys}
-        rows.append({"optimizer": name, "learning_rate": best, **spreads})
-    return rows
-
-
-def _spread(values: list[float]) -> dict[str, float | None]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-
-
-def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table as text, the head first: one column per optimizer."""
-    rows = results["table"]
-    text: list[tuple[str, ...]] = [("", *(row["optimizer"] for row in rows))]
-    rates = (row["learning_rate"] for row in rows)
-    text.append(("learning rate (chosen)", *("all diverged" if lr is None else f"{lr:g}" for lr in rates)))
-    for key, label, unit in (("metric", results["metric"], ""), *ROWS):
-        if any(key in row for row in rows):
-            text.append((label, *(_cell(row.get(key), unit) for row in rows)))
-    return text
-
-
-def limits(results: dict[str, Any]) -> list[str]:
-    """What stands under the table: what each optimizer cannot do, or does otherwise."""
-    return optimizers.limit_lines(results["limits"])
-
-
-def _cell(spread: dict[str, float | None] | None, unit: str) -> str:
-    if spread is None:
-        return "-"
-    scale = 100 if unit == "%" else 1
-    parts = [value for value in (spread["mean"], spread["std"]) if value is not None]
-    if unit == "B":
-        return " ± ".join(size(value) for value in parts if value)
-    return " ± ".join(f"{scale * value:.4g}" for value in parts) + (f" {unit}" if unit else "")
 
 
 @torch.no_grad()
@@ -255,48 +325,3 @@ def _retained(comparison: Comparison, folder: Path | None) -> float:
     if not count:
         raise ValueError(f"{comparison.retain} holds fewer than two tokens: there is nothing to retain")
     return total / count
-
-
-def _page(comparison: Comparison, manifest: dict[str, Any]) -> str:
-    results, config = manifest["results"], comparison.config
-    lead = (
-        f"{config.model}, {config.task} on {config.train}, seeds {', '.join(map(str, comparison.seeds))}: mean ± "
-        f"standard deviation over them. Learning rate of each optimizer: {CHOICE}, from "
-        f"{', '.join(f'{lr:g}' for lr in comparison.learning_rates)}."
-    )
-    short = {**manifest, "results": {key: value for key, value in results.items() if key != "runs"}}
-    drawn = [_rates(comparison, results), _memory(results)]
-    return report.render(f"compare: {config.task}", lead, lines(results), drawn, short, limits(results))
-
-
-def _rates(comparison: Comparison, results: dict[str, Any]) -> Figure:
-    """The metric, and what was forgotten where that was measured, over learning rates."""
-    keys = ["metric"] + ["forgetting"] * any("forgetting" in run for run in results["runs"])
-    figure = Figure(figsize=(4 * len(keys) + 2, 3.2), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        for name in comparison.optimizers:
-            found: dict[float, list[float]] = {}
-            for one in results["runs"]:
-                if one["optimizer"] == name and one.get(key) is not None:
-                    found.setdefault(one["learning_rate"], []).append(one[key])
-            axes.plot(list(found), [statistics.mean(values) for values in found.values()], "o-", ms=4, lw=1, label=name)
-        label = results["metric"] if key == "metric" else key
-        axes.set(xscale="log", xlabel="learning rate", ylabel=label, title=f"{label}, mean over seeds")
-        axes.legend(fontsize=8)
-    return figure
-
-
-def _memory(results: dict[str, Any]) -> Figure:
-    rows = [row for row in results["table"] if row["learning_rate"] is not None]
-    figure = Figure(figsize=(7, 1 + 0.5 * max(1, len(rows))), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(rows)
-    for kind in ("weights", "gradients", "state", "rest"):
-        if rows and all(f"memory_{kind}" in row for row in rows):
-            widths = [row[f"memory_{kind}"]["mean"] / 1e6 for row in rows]
-            axes.barh([row["optimizer"] for row in rows], widths, left=left, label=kind)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set(xlabel="MB (1e6 bytes)", title="Memory by kind")
-    axes.invert_yaxis()
-    axes.legend(fontsize=8)
-    return figure

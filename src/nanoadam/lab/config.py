@@ -21,6 +21,7 @@ else:  # pragma: no cover
 TASKS = ("text-classification", "text-regression", "causal-lm", "image-classification")
 SCHEDULERS = ("linear", "cosine", "constant")
 DENSITY_SCHEDULES = ("constant", "linear", "cosine")
+CRITERIA = ("smallest", "largest", "random", "gradient")
 
 
 def _key(default: Any, words: str, section: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
@@ -78,12 +79,21 @@ class Config:
         None, "nanoadam: steps between changes of density; default an 8th of an epoch.", "optimizer", low=1
     )
     mask_interval: int | None = _key(
-        None, "nanoadam: steps between selections; default a 40th of an epoch.", "optimizer", low=1
+        None,
+        "nanoadam: steps between selections, a static one with more than the run has; default a 40th of an epoch.",
+        "optimizer",
+        low=1,
     )
+    criterion: str = _key("smallest", "nanoadam: which weights are selected.", "optimizer", CRITERIA)
+    keep_zeros: bool = _key(False, "nanoadam: never select exact zeros: a pruned model stays pruned.", "optimizer")
     moments: str = _key("carry", "nanoadam: at a new selection, of weights that stay.", "optimizer", ("carry", "reset"))
     state_dtype: str = _key("bfloat16", "nanoadam: of the moments.", "optimizer", ("bfloat16", "float32"))
     stochastic_rounding: bool = _key(True, "nanoadam: of bfloat16 moments and weights.", "optimizer")
     gradient_release: bool = _key(True, "nanoadam: cut gradients down during backward.", "optimizer")
+    grad_dtype: str = _key(
+        "float32", "nanoadam: of held gradients; bfloat16 loses nothing of bfloat16 ones where accumulate is 1.",
+        "optimizer", ("float32", "bfloat16"),
+    )  # fmt: skip
 
     epochs: float = _key(3.0, "Passes over the training data.", "training", low=0.0)
     max_steps: int | None = _key(None, "Stop after so many steps, whatever the epochs.", "training", low=1)
@@ -92,11 +102,13 @@ class Config:
     eval_batch_size: int = _key(32, "Rows per forward pass when evaluating.", "training", low=1)
     scheduler: str = _key("linear", "Of the learning rate.", "training", SCHEDULERS)
     warmup: float = _key(0.0, "Steps of warm-up, or below 1 their share of all steps.", "training", low=0.0)
+    label_smoothing: float = _key(0.0, "Share of each label's weight that all classes get.", "training", low=0.0)
     autocast: str = _key("no", "Compute in another precision than the weights'.", "training", ("no", "bf16", "fp16"))
     checkpoint_activations: bool = _key(False, "Recompute activations in backward to save memory.", "training")
     seed: int = _key(0, "Of new weights, dropout, splits, order of data and rounding.", "training", low=0)
     eval_every: int | None = _key(None, "Steps between evaluations; by default an epoch.", "training", low=1)
     save_every: int | None = _key(None, "Steps between checkpoints; by default an epoch.", "training", low=1)
+    save_model: bool = _key(True, "Write the finetuned model, and checkpoints on the way.", "training")
     keep_checkpoints: int = _key(1, "How many checkpoints to keep.", "training", low=1)
     log_every: int = _key(10, "Steps between lines of metrics.jsonl.", "training", low=1)
     device: str = _key("auto", "Where to compute.", "training", ("auto", "cpu"))
@@ -117,6 +129,8 @@ class Config:
                 raise ValueError(f"there is no {name}: give --{name}, or {name} = ... in the config file")
         if self.max_grad_norm == 0:
             raise ValueError("max_grad_norm must be positive, or left out for no clipping, got 0")
+        if self.label_smoothing >= 1:
+            raise ValueError(f"label_smoothing must be below 1, got {self.label_smoothing}")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share}")
 

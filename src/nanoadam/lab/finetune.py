@@ -130,6 +130,9 @@ def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None
         trainer._load_from_checkpoint(str(checkpoint))  # killed after its last step: there is nothing left to train
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    broken = _broken(model)
+    if broken is not None:
+        raise Diverged(f"the weight {broken} is not finite after step {job.plan.total_steps}: {trainer.kept()}. {CURE}")
     whole = merge_lora(model)
     lines = runs.read_lines(out / "metrics.jsonl")
     trained = [line for line in lines if line["event"] == "train"]
@@ -143,9 +146,10 @@ def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None
         "memory": {kind: max(line["memory"][kind] for line in trained) for kind in trained[-1]["memory"]},
         "seconds_per_step": seconds[len(seconds) // 2],
     }
-    with runs.whole_folder(out / "model") as folder:
-        whole.save_pretrained(str(folder))
-        job.task.processor.save_pretrained(str(folder))
+    if config.save_model:
+        with runs.whole_folder(out / "model") as folder:
+            whole.save_pretrained(str(folder))
+            job.task.processor.save_pretrained(str(folder))
     manifest = {**manifest, "results": results, "finished": _now()}
     runs.write(out / "report.html", report.page(config, manifest, lines))
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -158,6 +162,11 @@ def _now() -> str:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _broken(model: nn.Module) -> str | None:
+    """The name of a weight that is not finite."""
+    return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
 
 
 def distance(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
@@ -185,6 +194,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         lr_scheduler_type=config.scheduler,
         warmup_steps=math.ceil(warmup),
         max_grad_norm=0.0 if itself or config.max_grad_norm is None else config.max_grad_norm,
+        label_smoothing_factor=config.label_smoothing,
         bf16=config.autocast == "bf16",
         fp16=config.autocast == "fp16",
         activation_checkpointing=config.checkpoint_activations,
@@ -194,7 +204,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         eval_strategy="steps",
         logging_first_step=True,
         eval_steps=config.eval_every or plan.steps_per_epoch,
-        save_strategy="steps",
+        save_strategy="steps" if config.save_model else "no",
         save_steps=config.save_every or plan.steps_per_epoch,
         seed=config.seed,
         use_cpu=config.device == "cpu",
@@ -242,13 +252,14 @@ class _Trainer(Trainer):
         """
         loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss).all():
-            raise RunError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {self._kept()}. {CURE}")
+            raise Diverged(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {self.kept()}. {CURE}")
         return loss
 
     def _checkpoints(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
         last = last_checkpoint(self._checkpoints())
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
@@ -257,9 +268,9 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-        if broken:
-            raise Diverged(f"the weight {broken[0]} is not finite after step {step}: {self._kept()}. {CURE}")
+        broken = _broken(model)
+        if broken is not None:
+            raise Diverged(f"the weight {broken} is not finite after step {step}: {self.kept()}. {CURE}")
         final = self._checkpoints() / f"checkpoint-{step}"
         self._staging = final.parent / ".writing"
         try:
@@ -272,7 +283,7 @@ class _Trainer(Trainer):
         except Exception as error:  # torch, safetensors and the system each have a kind of their own for a full disk
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RunError(
-                f"the checkpoint of step {step} could not be written ({reason}); {self._kept()}. Make room on the "
+                f"the checkpoint of step {step} could not be written ({reason}); {self.kept()}. Make room on the "
                 "disk, then go on with --resume"
             ) from error
         finally:
@@ -308,7 +319,7 @@ class _Metrics(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._times.append(time.perf_counter() - self._clock)
-        if control.should_save:
+        if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True  # the Trainer forgets on resuming what it has not logged
         self._progress({"step": state.global_step, "total": state.max_steps})
 

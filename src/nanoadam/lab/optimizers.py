@@ -125,10 +125,13 @@ def _nanoadam(model: nn.Module, config: Config, plan: Plan) -> Made:
         eps=config.eps,
         density=density,
         mask_interval=config.mask_interval or recommended.mask_interval,
+        criterion=config.criterion,
+        keep_zeros=config.keep_zeros,
         moments=config.moments,
         state_dtype=getattr(torch, config.state_dtype),
         stochastic_rounding=config.stochastic_rounding,
         gradient_release=config.gradient_release,
+        grad_dtype=getattr(torch, config.grad_dtype),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
     )
