@@ -23,6 +23,8 @@ def unscale(optimizer: NanoAdam, scaler: Any) -> bool:
     Raises:
         RuntimeError: if `p.grad` was unscaled before by a scaler that does not pass itself: the scale is unknown.
     """
+    if scaler is None and not hasattr(optimizer, "found_inf"):
+        return True
     dense = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if scaler is not None:
         record = scaler._per_optimizer_states[id(optimizer)]
@@ -32,15 +34,13 @@ def unscale(optimizer: NanoAdam, scaler: Any) -> bool:
         for device, flag in _divide(gradients, scaler._get_scale_async()).items():
             found[device] = torch.maximum(found[device], flag) if device in found else flag
         return not any(bool(flag.item()) for flag in found.values())
-    if not hasattr(optimizer, "found_inf"):
-        return True
     held, scale = optimizer.held(), getattr(optimizer, "grad_scale", None)
     if scale is None and held:
         raise RuntimeError(
             "scaler.unscale_(optimizer) cannot reach the gradients that NanoAdam holds: leave it out and clip with "
             "NanoAdam(max_grad_norm=...), or use gradient_release=False"
         )
-    infinite = bool(optimizer.found_inf)
+    infinite = bool(getattr(optimizer, "found_inf"))  # noqa: B009 - set by the scaler
     if scale is not None:
         infinite |= any(bool(flag.item()) for flag in _divide(held + dense, scale).values())
     return not infinite

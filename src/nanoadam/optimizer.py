@@ -277,7 +277,7 @@ class NanoAdam(Optimizer):
         """Refuse what cannot be used before anything of the step is done."""
         for slot in self._slots.values():
             gradient = slot.weight.grad
-            if gradient is not None and not stands_in(gradient):
+            if gradient is not None and gradient.layout != torch.strided and not stands_in(gradient):
                 checks.check_gradient(slot.name, gradient)
 
     def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
@@ -315,7 +315,7 @@ class NanoAdam(Optimizer):
         group, (selected, dense) = self.param_groups[i], self._members[i]
         selected = [slot for slot in selected if slot.held is not None]
         dense = [slot for slot in dense if slot.weight.grad is not None]
-        self._count([*selected, *dense])
+        self._count([*selected, *dense], i)
         for slot in selected:
             if slot.steps % (MAX_AGE // 2) == 0:
                 reference.restamp(slot)
@@ -341,20 +341,20 @@ class NanoAdam(Optimizer):
             for slot in selected:  # p.grad is still there, and is what zero_grad() speaks of
                 slot.held = None
 
-    def _count(self, slots: Sequence[Slot]) -> None:
-        """Count a step of these tensors. Those in step with each other share one count: one addition for all."""
-        sharing: dict[int, int] = {}
-        for slot in self._slots.values():
-            count = id(slot.state["step"])
-            sharing[count] = sharing.get(count, 0) + 1
-        for slot in slots:
-            sharing[id(slot.state["step"])] -= 1
+    def _count(self, slots: Sequence[Slot], i: int) -> None:
+        """Count a step of these tensors of group i. Those in step with each other share one count."""
+        still: set[int] = set()  # counts that others share, who stand still
+        if len(slots) < sum(map(len, self._members[i])):
+            moving = set(map(id, slots))
+            still = {id(slot.state["step"]) for some in self._members[i] for slot in some if id(slot) not in moving}
         counts: dict[int, Tensor] = {}
         for slot in slots:
             slot.steps += 1
-            old = slot.state["step"]
-            # A count of their own for these where others of the old one stand still.
-            slot.state["step"] = counts.setdefault(id(old), old if sharing[id(old)] == 0 else old.clone())
+            count = slot.state["step"]
+            if id(count) in still:
+                slot.state["step"] = counts.setdefault(id(count), count.clone())
+            else:
+                counts[id(count)] = count
         if counts:
             torch._foreach_add_(list(counts.values()), 1)
 

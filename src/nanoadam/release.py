@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-GPU_BUDGET = 1.25
+GPU_BUDGET = 0.7
 """Bytes of dense gradients alive together on a GPU, as a multiple of the largest gradient. That one has to be
-alive at some time anyway, so letting as much gather elsewhere costs no memory, and one launch serves several."""
+alive at some time anyway, so letting almost as much gather elsewhere costs no memory, and one launch serves several."""
 
 # One hook per parameter, however many optimizers release its gradient: each has to see it before it is gone.
 # Values: (handle of the hook, weak references to the owners).

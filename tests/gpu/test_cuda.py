@@ -146,3 +146,45 @@ def test_a_compiled_model_is_trained():
     changed = bits(model) != before
     assert 0.05 < changed.float().mean().item() < 0.2
     assert reference.mask(opt._slots[model[0].weight]).float().mean().item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_captured_step_leaves_a_parameter_without_gradient_alone():
+    model, unused = network(), torch.nn.Parameter(torch.randn(64, 64, device="cuda"))
+    opt = NanoAdam([*model.parameters(), unused], lr=1e-3, density=0.1, mask_interval=100, capturable=True)
+    static, before = batch(0), unused.detach().clone()
+
+    def one():
+        model(static).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            one()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one()
+    for _ in range(4):
+        graph.replay()
+    assert [int(opt.state[p]["step"]) for p in (*model.parameters(), unused)] == [7, 7, 7, 7, 0]
+    assert torch.equal(unused, before)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parameters_on_two_devices_are_trained_as_on_one():
+    results = []
+    for devices in (("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")):
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(64, 700).to(devices[0]), torch.nn.Linear(700, 64).to(devices[1])
+        parameters = [*first.parameters(), *second.parameters()]
+        opt = NanoAdam(parameters, lr=1e-3, density=0.1, mask_interval=3, max_grad_norm=1.0)
+        for step in range(10):
+            second(first(batch(step)).relu().to(devices[1])).square().mean().backward()
+            assert first.weight.grad is None and second.weight.grad is None
+            opt.step()
+            opt.zero_grad()
+        results.append(torch.cat([p.detach().cpu().view(-1) for p in parameters]))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)

@@ -9,7 +9,7 @@ from triton.compiler import ASTSource
 
 from nanoadam.ops import kernels, selection
 
-POINTERS = {"table": "*i64", "block_rows": "*i32", "chunk_rows": "*i32", "scratch": "*i16"}
+POINTERS = {"table": "*i64", "addresses": "*i64", "block_rows": "*i32", "chunk_rows": "*i32", "scratch": "*i16"}
 POINTERS |= dict.fromkeys(("corrections", "lr_pointer", "scale_pointer"), "*fp32")
 NUMBERS = dict.fromkeys(("chunks", "key", "step"), "i32")
 
@@ -17,8 +17,24 @@ UPDATE = {"LR_POINTER": False, "SCALE_POINTER": True, "STEP_POINTER": False, "MA
 UPDATE |= {"WEIGHT_TYPE": tl.bfloat16, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False, "WIDE": False, "BLOCK": 1024}
 SELECT = {"CRITERION": 0, "KEEP_ZEROS": False, "CARRY": True, "CARRY_HELD": False, "WEIGHT_TYPE": tl.bfloat16}
 SELECT |= {"GRADIENT_TYPE": tl.bfloat16, "HELD_TYPE": tl.float32, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False}
-SELECT |= {"ALIGNED": True, "SIFT": True, "CANDIDATES": 256, "KEPT": 64, "SEARCH": 6, "SAMPLE": 512, "PART": 512}
-GATHER = {"GRADIENT_TYPE": tl.bfloat16, "HELD_TYPE": tl.float32, "CHANNELS_LAST": True, "WIDE": True, "BLOCK": 1024}
+SELECT |= {
+    "ALIGNED": True,
+    "SIFT": True,
+    "CANDIDATES": 256,
+    "KEPT": 64,
+    "OLD_KEPT": 64,
+    "PLACES": 4096,
+    "SAMPLE": 512,
+    "PART": 512,
+}
+GATHER = {
+    "GRADIENT_TYPE": tl.bfloat16,
+    "HELD_TYPE": tl.float32,
+    "ACCUMULATE": True,
+    "CHANNELS_LAST": True,
+    "WIDE": True,
+    "BLOCK": 1024,
+}
 
 CASES = [
     (kernels.gather, GATHER, 4),

@@ -62,29 +62,27 @@ def _store(pointer, value, noise, mask, STOCHASTIC: tl.constexpr):
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
-# Columns of the table of selected tensors (int64), as `triton.py` writes them.
+# Columns of the table of selected tensors (int64), as `triton.py` writes them. Addresses of gradients change from
+# step to step and come apart from it.
 WEIGHT = tl.constexpr(0)
 INDEX = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
 EXP_AVG_SQ = tl.constexpr(3)
 BORN = tl.constexpr(4)
 BORN_STRIDE = tl.constexpr(5)
-HELD = tl.constexpr(6)
-STEP = tl.constexpr(7)
-ORDINAL = tl.constexpr(8)
-LINE = tl.constexpr(9)
-CHUNK = tl.constexpr(10)
-FULL = tl.constexpr(11)
-KEEP = tl.constexpr(12)
-KEPT_PER_LINE = tl.constexpr(13)
-SELECTED = tl.constexpr(14)
-ROW = tl.constexpr(15)
-SPATIAL = tl.constexpr(16)
-FIRST = tl.constexpr(17)
-GRADIENT = tl.constexpr(18)
-GRADIENT_SPATIAL = tl.constexpr(19)
-ACCUMULATE = tl.constexpr(20)
-COLUMNS = tl.constexpr(21)
+STEP = tl.constexpr(6)
+ORDINAL = tl.constexpr(7)
+LINE = tl.constexpr(8)
+CHUNK = tl.constexpr(9)
+FULL = tl.constexpr(10)
+KEEP = tl.constexpr(11)
+KEPT_PER_LINE = tl.constexpr(12)
+SELECTED = tl.constexpr(13)
+ROW = tl.constexpr(14)
+SPATIAL = tl.constexpr(15)
+FIRST = tl.constexpr(16)
+GRADIENT_SPATIAL = tl.constexpr(17)
+COLUMNS = tl.constexpr(18)
 
 
 # Where things are.
@@ -131,13 +129,13 @@ def _entry_position(row, entry, index, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _field(row, at: tl.constexpr, TYPE: tl.constexpr):
+def _field(row, at, TYPE: tl.constexpr):
     """A pointer from the table."""
     return tl.load(row + at).to(tl.pointer_type(TYPE))
 
 
 @triton.jit
-def _list(row, at: tl.constexpr, TYPE: tl.constexpr):
+def _list(row, at, TYPE: tl.constexpr):
     """A pointer to a multiple of 16 bytes: 8 weights of 16 bits can be read from there at once."""
     return tl.multiple_of(tl.load(row + at).to(tl.pointer_type(TYPE)), 16)
 
@@ -150,28 +148,30 @@ def _number(row, at: tl.constexpr):
 @triton.jit
 def gather(
     table,
+    block_rows,
+    addresses,  # int64 [tensors, 2]: of the dense gradient, of the held one
     GRADIENT_TYPE: tl.constexpr,
     HELD_TYPE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks of the largest tensor, tensors)."""
-    row = table + tl.program_id(1) * COLUMNS
-    selected = _number(row, SELECTED)
-    first = tl.program_id(0) * BLOCK
-    if first < selected:
-        entry = first + tl.arange(0, BLOCK)
-        live = entry < selected
-        index = tl.load(_field(row, INDEX, tl.int16) + entry, mask=live, other=-1).to(tl.int32)
-        used = index >= 0
-        position = _entry_position(row, entry, index, WIDE)
-        offset = _storage_offset(position, _number(row, ROW), _number(row, GRADIENT_SPATIAL), CHANNELS_LAST)
-        value = tl.load(_field(row, GRADIENT, GRADIENT_TYPE) + offset, mask=used, other=0.0).to(tl.float32)
-        held = _field(row, HELD, HELD_TYPE) + entry
-        if _number(row, ACCUMULATE) != 0:
-            value += tl.load(held, mask=live, other=0.0).to(tl.float32)
-        _store(held, value, 0, live, False)
+    """One program a block of selected entries; `block_rows` int32 says of which tensor."""
+    block = tl.program_id(0)
+    tensor = tl.load(block_rows + block)
+    row = table + tensor * COLUMNS
+    entry = (block - _number(row, FIRST)) * BLOCK + tl.arange(0, BLOCK)
+    live = entry < _number(row, SELECTED)
+    index = tl.load(_field(row, INDEX, tl.int16) + entry, mask=live, other=-1).to(tl.int32)
+    used = index >= 0
+    position = _entry_position(row, entry, index, WIDE)
+    offset = _storage_offset(position, _number(row, ROW), _number(row, GRADIENT_SPATIAL), CHANNELS_LAST)
+    value = tl.load(_field(addresses, 2 * tensor, GRADIENT_TYPE) + offset, mask=used, other=0.0).to(tl.float32)
+    held = _field(addresses, 2 * tensor + 1, HELD_TYPE) + entry
+    if ACCUMULATE:
+        value += tl.load(held, mask=live, other=0.0).to(tl.float32)
+    _store(held, value, 0, live, False)
 
 
 @triton.jit
@@ -186,6 +186,7 @@ def _adam(weight, gradient, exp_avg, exp_avg_sq, step_size, correction2, decay, 
 def update(
     table,
     block_rows,
+    addresses,  # int64 [tensors]: of the gradients
     corrections,  # float32 [2, MAX_AGE + 1]: 1 / (1 - beta1**age), then sqrt(1 - beta2**age)
     lr,
     lr_pointer,
@@ -211,7 +212,8 @@ def update(
 ):
     """One program a block of selected entries; `block_rows` int32 says of which tensor."""
     block = tl.program_id(0)
-    row = table + tl.load(block_rows + block) * COLUMNS
+    tensor = tl.load(block_rows + block)
+    row = table + tensor * COLUMNS
     if LR_POINTER:
         lr = tl.load(lr_pointer).to(tl.float32)
     if STEP_POINTER:
@@ -224,7 +226,7 @@ def update(
     pointer = _field(row, WEIGHT, WEIGHT_TYPE)
     pointer += _storage_offset(position, _number(row, ROW), _number(row, SPATIAL), CHANNELS_LAST)
     weight = tl.load(pointer, mask=used, other=0.0).to(tl.float32)
-    gradient = tl.load(_field(row, HELD, HELD_TYPE) + entry, mask=used, other=0.0).to(tl.float32)
+    gradient = tl.load(_field(addresses, tensor, HELD_TYPE) + entry, mask=used, other=0.0).to(tl.float32)
     if SCALE_POINTER:
         gradient = gradient * tl.load(scale_pointer)
     if MAXIMIZE:
@@ -251,6 +253,7 @@ def update(
 def update_dense(
     table,
     block_rows,
+    addresses,  # int64 [tensors]: of the gradients
     corrections,
     lr,
     lr_pointer,
@@ -279,7 +282,8 @@ def update_dense(
 ):
     """One program a block of weights in the order of their storage; SELECTED is the number of weights."""
     block = tl.program_id(0)
-    row = table + tl.load(block_rows + block) * COLUMNS
+    tensor = tl.load(block_rows + block)
+    row = table + tensor * COLUMNS
     if LR_POINTER:
         lr = tl.load(lr_pointer).to(tl.float32)
     if STEP_POINTER:
@@ -293,10 +297,10 @@ def update_dense(
     if ALIGNED:
         live = offset < tl.multiple_of(tl.load(row + SELECTED), 8)  # 8 of them are then loaded and stored together
         pointer = _list(row, WEIGHT, WEIGHT_TYPE) + offset
-        gradients = _list(row, GRADIENT, GRADIENT_TYPE) + offset
+        gradients = _list(addresses, tensor, GRADIENT_TYPE) + offset
     else:
         pointer = _field(row, WEIGHT, WEIGHT_TYPE) + offset
-        gradients = _field(row, GRADIENT, GRADIENT_TYPE) + offset
+        gradients = _field(addresses, tensor, GRADIENT_TYPE) + offset
     average = _list(row, EXP_AVG, STATE_TYPE) + offset
     average_sq = _list(row, EXP_AVG_SQ, STATE_TYPE) + offset
     weight = tl.load(pointer, mask=live, other=0.0).to(tl.float32)

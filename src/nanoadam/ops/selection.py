@@ -16,9 +16,7 @@ from nanoadam.ops.kernels import (
     EXP_AVG_SQ,
     FIRST,
     FULL,
-    GRADIENT,
     GRADIENT_SPATIAL,
-    HELD,
     INDEX,
     KEEP,
     KEPT_PER_LINE,
@@ -37,19 +35,21 @@ from nanoadam.ops.kernels import (
     _tensor_key,
 )
 
-# Selection. More columns: where the new selection goes (the old ones may be the same places), and what it keeps.
-TAIL = tl.constexpr(21)
-KEEP_TAIL = tl.constexpr(22)
-NEW_KEEP = tl.constexpr(23)
-NEW_KEEP_TAIL = tl.constexpr(24)
-NEW_KEPT_PER_LINE = tl.constexpr(25)
-NEW_INDEX = tl.constexpr(26)
-NEW_EXP_AVG = tl.constexpr(27)
-NEW_EXP_AVG_SQ = tl.constexpr(28)
-NEW_BORN = tl.constexpr(29)
-NEW_HELD = tl.constexpr(30)
-STEPS = tl.constexpr(31)
-SELECT_COLUMNS = tl.constexpr(32)
+# More columns: where the new selection goes (the old ones may be the same places), and what it keeps.
+TAIL = tl.constexpr(18)
+KEEP_TAIL = tl.constexpr(19)
+NEW_KEEP = tl.constexpr(20)
+NEW_KEEP_TAIL = tl.constexpr(21)
+NEW_KEPT_PER_LINE = tl.constexpr(22)
+NEW_INDEX = tl.constexpr(23)
+NEW_EXP_AVG = tl.constexpr(24)
+NEW_EXP_AVG_SQ = tl.constexpr(25)
+NEW_BORN = tl.constexpr(26)
+NEW_HELD = tl.constexpr(27)
+STEPS = tl.constexpr(28)
+HELD = tl.constexpr(29)
+GRADIENT = tl.constexpr(30)
+SELECT_COLUMNS = tl.constexpr(31)
 
 
 @triton.jit
@@ -100,20 +100,6 @@ def _search(ranks, least, most, SHIFT: tl.constexpr, INTERPOLATE: tl.constexpr):
         below = tl.where(enough, below, count)
         turn += 1
     return low, below, high, upto
-
-
-@triton.jit
-def _find(old, index, keep, SEARCH: tl.constexpr):
-    """Place of each index in an ascending list of `keep` (unsigned, so empty places come last)."""
-    start = tl.zeros_like(index)
-    stop = start + keep
-    for _ in tl.static_range(SEARCH):
-        middle = (start + stop) // 2
-        open_ = start < stop
-        value = tl.load(old + middle, mask=open_, other=0).to(tl.int32) & 0xFFFF
-        start = tl.where(open_ & (value < index), middle + 1, start)
-        stop = tl.where(open_ & (value >= index), middle, stop)
-    return start
 
 
 @triton.jit
@@ -203,7 +189,7 @@ def _write_down(bits, target, first, members, PART: tl.constexpr, CANDIDATES: tl
 def select(
     table,
     chunk_rows,
-    scratch,  # int16 [programs, 2 * CANDIDATES]
+    scratch,  # int16 [programs, 2 * CANDIDATES + PLACES]
     chunks,
     key,
     step,
@@ -220,7 +206,8 @@ def select(
     SIFT: tl.constexpr,  # whether chunks may be longer than CANDIDATES, and so have to be sifted first
     CANDIDATES: tl.constexpr,
     KEPT: tl.constexpr,  # at least the most kept in a chunk
-    SEARCH: tl.constexpr,  # halvings that search the longest old list
+    OLD_KEPT: tl.constexpr,  # and the most kept in the old selection
+    PLACES: tl.constexpr,  # at least the longest chunk, if anything is carried over
     SAMPLE: tl.constexpr,
     PART: tl.constexpr,  # weights of a chunk looked at together
 ):
@@ -236,7 +223,7 @@ def select(
     PACKED: tl.constexpr = ALIGNED and CRITERION == 0 and not KEEP_ZEROS and tl.float32 != WEIGHT_TYPE
     BITS: tl.constexpr = 31 if (tl.float32 == WEIGHT_TYPE or CRITERION != 0) else 15
     SHIFT: tl.constexpr = 0 if tl.float32 == WEIGHT_TYPE else (13 if tl.float16 == WEIGHT_TYPE else 16)
-    mine = scratch + tl.program_id(0) * (2 * CANDIDATES)
+    mine = scratch + tl.program_id(0) * (2 * CANDIDATES + PLACES)
     for number in range(tl.program_id(0), chunks, tl.num_programs(0)):
         row = table + tl.load(chunk_rows + number).to(tl.int64) * SELECT_COLUMNS
         number = number - _number(row, FIRST)
@@ -400,13 +387,18 @@ def select(
         if CARRY or CARRY_HELD:
             final = mine + CANDIDATES
             tl.store(final + place, index.to(tl.int16), mask=taken)
-            tl.debug_barrier()
-            index = tl.load(final + entry, mask=entry < wanted, other=-1).to(tl.int32)
+            # Where each weight was in the old list. What was not in it finds whatever lay there, and is not taken in.
+            places = final + CANDIDATES
+            old_entry = tl.arange(0, OLD_KEPT)
             old_keep = tl.where(is_tail, _number(row, KEEP_TAIL), _number(row, KEEP))
             source = line.to(tl.int64) * _number(row, KEPT_PER_LINE) + of_line * _number(row, KEEP)
             old_index = _field(row, INDEX, tl.int16) + source
-            place = _find(old_index, index & 0xFFFF, old_keep, SEARCH)
-            kept = (index >= 0) & (place < old_keep)
+            old = tl.load(old_index + old_entry, mask=old_entry < old_keep, other=-1).to(tl.int32)
+            tl.store(places + old, old_entry.to(tl.int16), mask=old >= 0)
+            tl.debug_barrier()
+            index = tl.load(final + entry, mask=entry < wanted, other=-1).to(tl.int32)
+            place = tl.load(places + index, mask=index >= 0, other=-1).to(tl.int32)
+            kept = (place >= 0) & (place < old_keep)
             kept = kept & (tl.load(old_index + place, mask=kept, other=-1).to(tl.int32) == index)
             if CARRY:
                 exp_avg = tl.load(_field(row, EXP_AVG, STATE_TYPE) + source + place, mask=kept, other=0.0)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def _upload(rows: Sequence[Sequence[int]] | Sequence[int], device: torch.device) -> Tensor:
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         table = table.pin_memory()
@@ -114,7 +114,6 @@ def _row(slot: Slot) -> list[int]:
         state["exp_avg_sq"].data_ptr(),
         state["born"].data_ptr(),
         int(state["born"].numel() > 1),
-        0,
         count,
         slot.ordinal,
         lay.line,
@@ -126,53 +125,110 @@ def _row(slot: Slot) -> list[int]:
         weight.numel() // weight.shape[0],
         _spatial(weight),
         0,
-        0,
         1,
-        0,
     ]
     slot.cache["row"] = ((slot.version, address, count), row)
     return row
 
 
+@dataclass
+class _Launch:
+    """Tensors that one launch serves, by their places in a list, and what they have in common."""
+
+    kind: tuple[Any, ...]
+    places: list[int]
+    table: Tensor
+    block_rows: Tensor
+    blocks: int
+    numbers: list[int] = field(default_factory=list)
+    uploaded: Tensor | None = None
+
+    def addresses(self, numbers: list[int]) -> Tensor:
+        """What changes from step to step: int64, on the device; sent only if it has changed."""
+        if self.uploaded is None or numbers != self.numbers:
+            self.numbers, self.uploaded = numbers, _upload(numbers, self.table.device)
+        return self.uploaded
+
+
+def _launches(
+    name: str,
+    slots: list[Slot],
+    signature: list[Any],
+    kind: Callable[[int], tuple[Any, ...]],
+    row: Callable[[int], list[int]],
+) -> list[_Launch]:
+    """How a list is launched; worked out anew only when something in `signature` has changed.
+
+    `kind` and `row` take a place in the list.
+    """
+    cached = slots[0].cache.get(name)
+    if cached is not None and cached[0] == signature and cached[1] == slots:
+        known: list[_Launch] = cached[2]
+        return known
+    launches = []
+    device = slots[0].weight.device
+    for what, places in _partition(range(len(slots)), kind):
+        rows, blocks, first = [row(place) for place in places], [], 0
+        for numbers in rows:
+            numbers[kernels.FIRST.value] = first
+            blocks.append(triton.cdiv(numbers[kernels.SELECTED.value], BLOCK))
+            first += blocks[-1]
+        launches.append(_Launch(what, places, _upload(rows, device), _block_rows(tuple(blocks), device), first))
+    slots[0].cache[name] = (signature, slots, launches)
+    return launches
+
+
 def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
-    kinds = _partition(
-        zip(slots, gradients, strict=True),
-        lambda pair: (
-            min(_spatial(pair[1]), 2),
-            pair[1].dtype,
-            dtype if pair[0].held is None else pair[0].held.dtype,
-            pair[1].numel() >= 2**31,
-        ),
-    )
-    for (strides, gradient_type, held_type, wide), pairs in kinds:
+    members = list(slots)
+    signature = [
+        (
+            slot.version,
+            _spatial(gradient),
+            gradient.dtype,
+            dtype if slot.held is None else slot.held.dtype,
+            slot.held is None,
+        )
+        for slot, gradient in zip(members, gradients, strict=True)
+    ]
+
+    def kind(place: int) -> tuple[Any, ...]:
+        _, spatial, gradient_type, held_type, new = signature[place]
+        return min(spatial, 2), gradient_type, held_type, not new, gradients[place].numel() >= 2**31
+
+    def row(place: int) -> list[int]:
+        numbers = _row(members[place]).copy()
+        numbers[kernels.GRADIENT_SPATIAL.value] = signature[place][1]
+        return numbers
+
+    for launch in _launches("gather", members, signature, kind, row):
+        strides, gradient_type, held_type, accumulate, wide = launch.kind
         if strides == 0:
-            reference.gather([slot for slot, _ in pairs], [gradient for _, gradient in pairs], dtype)
+            reference.gather([members[i] for i in launch.places], [gradients[i] for i in launch.places], dtype)
             continue
-        rows = []
-        for slot, gradient in pairs:
-            row = _row(slot).copy()
-            row[kernels.ACCUMULATE.value] = int(slot.held is not None)
+        numbers = []
+        for i in launch.places:
+            slot = members[i]
+            assert slot.layout is not None
             if slot.held is None:
-                slot.held = torch.empty(slot.layout.selected, dtype=held_type, device=gradient.device)
-            row[kernels.HELD.value] = slot.held.data_ptr()
-            row[kernels.GRADIENT.value] = gradient.data_ptr()
-            row[kernels.GRADIENT_SPATIAL.value] = _spatial(gradient)
-            rows.append(row)
-        device = pairs[0][1].device
-        grid = (triton.cdiv(max(slot.layout.selected for slot, _ in pairs), BLOCK), len(rows))
-        with _on(device):
-            kernels.gather[grid](
-                _upload(rows, device),
+                slot.held = torch.empty(slot.layout.selected, dtype=held_type, device=slot.weight.device)
+            numbers += [gradients[i].data_ptr(), slot.held.data_ptr()]
+        with _on(launch.table.device):
+            kernels.gather[(launch.blocks,)](
+                launch.table,
+                launch.block_rows,
+                launch.addresses(numbers),
                 GRADIENT_TYPE=_TYPES[gradient_type],
                 HELD_TYPE=_TYPES[held_type],
+                ACCUMULATE=accumulate,
                 CHANNELS_LAST=strides == 2,
                 WIDE=wide,
                 BLOCK=BLOCK,
             )
 
 
-def _scalars(adam: Adam, device: torch.device, anything: Tensor) -> dict[str, Any]:
+def _scalars(adam: Adam, anything: Tensor) -> dict[str, Any]:
     """Arguments that both updates share; pointers that are not used point to `anything`."""
+    device = anything.device
     lr_pointer = adam.lr if isinstance(adam.lr, Tensor) and adam.lr.device == device else None
     scale = adam.grad_scale
     if isinstance(scale, Tensor):
@@ -197,42 +253,6 @@ def _scalars(adam: Adam, device: torch.device, anything: Tensor) -> dict[str, An
     }
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """Tensors that one launch serves, and what they have in common."""
-
-    kind: tuple[Any, ...]
-    members: list[Slot]
-    table: Tensor
-    block_rows: Tensor
-    blocks: int
-
-
-def _launches(
-    name: str,
-    slots: list[Slot],
-    signature: list[Any],
-    kind: Callable[[Slot], tuple[Any, ...]],
-    row: Callable[[Slot], list[int]],
-) -> list[_Launch]:
-    """How a list is launched; worked out anew only when something in `signature` has changed."""
-    cached = slots[0].cache.get(name)
-    if cached is not None and cached[0] == signature and cached[1] == slots:
-        known: list[_Launch] = cached[2]
-        return known
-    launches = []
-    device = slots[0].weight.device
-    for what, members in _partition(slots, kind):
-        rows, blocks, first = [row(slot) for slot in members], [], 0
-        for numbers in rows:
-            numbers[kernels.FIRST.value] = first
-            blocks.append(triton.cdiv(numbers[kernels.SELECTED.value], BLOCK))
-            first += blocks[-1]
-        launches.append(_Launch(what, members, _upload(rows, device), _block_rows(tuple(blocks), device), first))
-    slots[0].cache[name] = (signature, slots, launches)
-    return launches
-
-
 def _by_steps(slots: Sequence[Slot], adam: Adam) -> Iterable[list[Slot]]:
     """Slots that have had the same number of updates, which a launch takes from the host unless captured."""
     if adam.capturable or all(slot.steps == slots[0].steps for slot in slots):
@@ -241,41 +261,44 @@ def _by_steps(slots: Sequence[Slot], adam: Adam) -> Iterable[list[Slot]]:
 
 
 def update(slots: Sequence[Slot], adam: Adam) -> None:
-    def kind(slot: Slot) -> tuple[Any, ...]:
-        assert slot.held is not None
-        weight = slot.weight
-        strides = min(_spatial(weight), 2)
-        return strides, weight.dtype, slot.state["exp_avg"].dtype, slot.held.dtype, weight.numel() >= 2**31
-
-    def row(slot: Slot) -> list[int]:
-        numbers = _row(slot).copy()
-        numbers[kernels.HELD.value] = slot.held.data_ptr() if slot.held is not None else 0
-        return numbers
-
     for members in _by_steps(slots, adam):
+        held = [slot.held for slot in members if slot.held is not None]
         signature: list[Any] = [
-            (slot.version, slot.weight.data_ptr(), slot.held.data_ptr(), slot.held.dtype)
-            for slot in members
-            if slot.held is not None
+            (slot.version, slot.weight.data_ptr(), mine.dtype) for slot, mine in zip(members, held, strict=True)
         ]
         if adam.capturable:
             signature.extend(slot.state["step"].data_ptr() for slot in members)
+
+        def kind(place: int, members: list[Slot] = members, held: list[Tensor] = held) -> tuple[Any, ...]:
+            weight, state = members[place].weight, members[place].state
+            return (
+                min(_spatial(weight), 2),
+                weight.dtype,
+                state["exp_avg"].dtype,
+                held[place].dtype,
+                weight.numel() >= 2**31,
+            )
+
+        def row(place: int, members: list[Slot] = members) -> list[int]:
+            return _row(members[place]).copy()
+
         for launch in _launches("update", members, signature, kind, row):
             strides, weight_type, state_type, held_type, wide = launch.kind
             if strides == 0:
-                reference.update(launch.members, adam)
+                reference.update([members[i] for i in launch.places], adam)
                 continue
             with _on(launch.table.device):
                 kernels.update[(launch.blocks,)](
                     launch.table,
                     launch.block_rows,
+                    launch.addresses([held[i].data_ptr() for i in launch.places]),
                     step=members[0].steps & 0x7FFFFFFF,
                     WEIGHT_TYPE=_TYPES[weight_type],
                     HELD_TYPE=_TYPES[held_type],
                     STATE_TYPE=_TYPES[state_type],
                     CHANNELS_LAST=strides == 2,
                     WIDE=wide,
-                    **_scalars(adam, launch.table.device, launch.table),
+                    **_scalars(adam, launch.table),
                 )
 
 
@@ -284,39 +307,35 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
     for slot, gradient in of.items():
         if gradient.stride() != slot.weight.stride():
             of[slot] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
-
-    def kind(slot: Slot) -> tuple[Any, ...]:
-        weight, gradient = slot.weight, of[slot]
-        aligned = _aligned(weight, weight.numel()) and _aligned(gradient)
-        state = slot.state["exp_avg"].dtype
-        return min(_spatial(weight), 2), weight.dtype, state, gradient.dtype, weight.numel() >= 2**31, aligned
-
-    def row(slot: Slot) -> list[int]:
-        weight, numbers = slot.weight, [0] * kernels.COLUMNS.value
-        numbers[kernels.WEIGHT.value] = weight.data_ptr()
-        numbers[kernels.GRADIENT.value] = of[slot].data_ptr()
-        numbers[kernels.EXP_AVG.value] = slot.state["exp_avg"].data_ptr()
-        numbers[kernels.EXP_AVG_SQ.value] = slot.state["exp_avg_sq"].data_ptr()
-        numbers[kernels.STEP.value] = slot.state["step"].data_ptr()
-        numbers[kernels.ORDINAL.value] = slot.ordinal
-        numbers[kernels.SELECTED.value] = weight.numel()
-        numbers[kernels.ROW.value] = weight.numel() // weight.shape[0] if weight.dim() else 1
-        numbers[kernels.SPATIAL.value] = _spatial(weight)
-        return numbers
-
     for members in _by_steps(slots, adam):
-        signature: list[Any] = [(slot.weight.data_ptr(), of[slot].data_ptr(), of[slot].dtype) for slot in members]
+        dense = [of[slot] for slot in members]
+        pointers = [gradient.data_ptr() for gradient in dense]
+        signature: list[Any] = [
+            (slot.weight.data_ptr(), gradient.dtype, pointer % 16)
+            for slot, gradient, pointer in zip(members, dense, pointers, strict=True)
+        ]
         if adam.capturable:
             signature.extend(slot.state["step"].data_ptr() for slot in members)
+
+        def kind(place: int, members: list[Slot] = members, dense: list[Tensor] = dense) -> tuple[Any, ...]:
+            weight, gradient = members[place].weight, dense[place]
+            aligned = _aligned(weight, weight.numel()) and _aligned(gradient)
+            state = members[place].state["exp_avg"].dtype
+            return min(_spatial(weight), 2), weight.dtype, state, gradient.dtype, weight.numel() >= 2**31, aligned
+
+        def row(place: int, members: list[Slot] = members) -> list[int]:
+            return _dense_row(members[place])
+
         for launch in _launches("dense", members, signature, kind, row):
             strides, weight_type, state_type, gradient_type, wide, aligned = launch.kind
             if strides == 0:
-                reference.update_dense(launch.members, [of[slot] for slot in launch.members], adam)
+                reference.update_dense([members[i] for i in launch.places], [dense[i] for i in launch.places], adam)
                 continue
             with _on(launch.table.device):
                 kernels.update_dense[(launch.blocks,)](
                     launch.table,
                     launch.block_rows,
+                    launch.addresses([pointers[i] for i in launch.places]),
                     step=members[0].steps & 0x7FFFFFFF,
                     log_beta1=math.log2(max(adam.beta1, 1e-30)),
                     log_beta2=math.log2(max(adam.beta2, 1e-30)),
@@ -326,8 +345,24 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
                     CHANNELS_LAST=strides == 2,
                     ALIGNED=aligned,
                     WIDE=wide,
-                    **_scalars(adam, launch.table.device, launch.table),
+                    **_scalars(adam, launch.table),
                 )
+
+
+def _dense_row(slot: Slot) -> list[int]:
+    weight, numbers = slot.weight, [0] * kernels.COLUMNS.value
+    for column, number in (
+        (kernels.WEIGHT, weight.data_ptr()),
+        (kernels.EXP_AVG, slot.state["exp_avg"].data_ptr()),
+        (kernels.EXP_AVG_SQ, slot.state["exp_avg_sq"].data_ptr()),
+        (kernels.STEP, slot.state["step"].data_ptr()),
+        (kernels.ORDINAL, slot.ordinal),
+        (kernels.SELECTED, weight.numel()),
+        (kernels.ROW, weight.numel() // weight.shape[0] if weight.dim() else 1),
+        (kernels.SPATIAL, _spatial(weight)),
+    ):
+        numbers[column.value] = number
+    return numbers
 
 
 def select(
@@ -419,8 +454,8 @@ def _select_batch(
             (kernels.EXP_AVG, state["exp_avg"]),
             (kernels.EXP_AVG_SQ, state["exp_avg_sq"]),
             (kernels.BORN, state.get("born")),
-            (kernels.HELD, slot.held),
-            (kernels.GRADIENT, gradient),
+            (selection.HELD, slot.held),
+            (selection.GRADIENT, gradient),
             (selection.NEW_INDEX, new["index"]),
             (selection.NEW_EXP_AVG, new["exp_avg"]),
             (selection.NEW_EXP_AVG_SQ, new["exp_avg_sq"]),
@@ -458,7 +493,8 @@ def _select_batch(
     # Twice what is kept, and some: a limit guessed from a sample then seldom misses, see selection.select.
     candidates = triton.next_power_of_2(min(longest, max(128, 2 * most + 64)))
     programs = min(first, _PROGRAMS_PER_PROCESSOR * _processors(device))
-    scratch = torch.empty((programs, 2 * candidates), dtype=torch.int16, device=device)
+    places = triton.next_power_of_2(longest) if carry or held_type is not None else 0
+    scratch = torch.empty((programs, 2 * candidates + places), dtype=torch.int16, device=device)
     with _on(device):
         selection.select[(programs,)](
             _upload(rows, device),
@@ -480,7 +516,8 @@ def _select_batch(
             SIFT=candidates < longest,
             CANDIDATES=candidates,
             KEPT=triton.next_power_of_2(most),
-            SEARCH=max(1, old_most.bit_length()),
+            OLD_KEPT=triton.next_power_of_2(old_most),
+            PLACES=places,
             SAMPLE=_SAMPLE,
             PART=_PART,
             num_warps=max(1, candidates // _CANDIDATES_PER_WARP),
