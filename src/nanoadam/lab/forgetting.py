@@ -1,0 +1,105 @@
+"""Two tasks in sequence, and what is left of the first: the pieces of the paper's tables 4, 5 and 18 to 22.
+
+A model learns task 1; its head is kept. It gets a new head and learns task 2. Then the head of task 1 is put back as it
+was, and task 1 is measured again: forgetting is the drop.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Head = dict[str, nn.Module]
+"""The parts of a model outside its backbone, by name."""
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Everything but the backbone: the modules themselves."""
+    return {name: part for name, part in model.named_children() if name != model.base_model_prefix}
+
+
+def put_head(model: PreTrainedModel, head: Head) -> None:
+    """Give a model another head."""
+    for name, part in head.items():
+        setattr(model, name, part)
+
+
+def new_head(model: PreTrainedModel, classes: int, seed: int) -> Head:
+    """A head for so many classes, drawn as transformers draws it, on the model's device."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(model)(config)
+    return {name: part.to(model.device) for name, part in head_of(fresh).items()}
+
+
+def norm_modules(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Its BatchNorm layers."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def set_momentum(model: nn.Module, momentum: float) -> None:
+    """Of the running statistics of BatchNorm: the weight of the newest batch.
+
+    transformers builds MobileNets with 0.9997, which is TensorFlow's weight of the *old* statistics: in training,
+    the statistics would be those of the last batch.
+    """
+    for module in norm_modules(model):
+        module.momentum = momentum
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Keep BatchNorm as it is, statistics, scale and shift, whatever mode the model is put into later."""
+    for module in norm_modules(model):
+        module.eval()
+        module.train = _stay  # type: ignore[method-assign,assignment]
+        module.requires_grad_(False)
+
+
+def _stay(mode: bool = True) -> None:
+    """In place of `Module.train`, whose result its callers drop."""
+
+
+def backbone(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A copy of the backbone's weights, without buffers."""
+    return {name: p.detach().clone() for name, p in model.base_model.named_parameters()}
+
+
+def shift(model: PreTrainedModel, before: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How far the backbone is from where it was.
+
+    Returns:
+        `l2`: of the whole change; `mean_l2`: mean over tensors of each one's; `touched`: share of weights whose bits
+        differ; `tensors`: `{name: l2}` of the tensors of two dimensions or more.
+    """
+    squares, changed, total = {}, torch.zeros((), dtype=torch.long, device=model.device), 0
+    for name, now in model.base_model.named_parameters():
+        squares[name] = (now.detach() - before[name]).double().square().sum()
+        changed += (now.detach() != before[name]).sum()
+        total += now.numel()
+    distances = dict(zip(squares, torch.stack(list(squares.values())).sqrt().tolist(), strict=True))
+    wide = {name for name, p in before.items() if p.ndim > 1}
+    return {
+        "l2": math.sqrt(sum(d * d for d in distances.values())),
+        "mean_l2": sum(distances.values()) / len(distances),
+        "touched": int(changed) / total,
+        "tensors": {name: d for name, d in distances.items() if name in wide},
+    }
+
+
+def scores(task1: float, task2: float, task1_after: float) -> dict[str, float]:
+    """A row of table 4, as shares: both tasks, task 1 afterwards, the mean of these three, the drop."""
+    return {
+        "task1": task1,
+        "task2": task2,
+        "task1_after": task1_after,
+        "average": (task1 + task2 + task1_after) / 3,
+        "forgetting": task1 - task1_after,
+    }
