@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TOUCHED = "touched.safetensors"
 """The file in a checkpoint that says which weights have been selected so far."""
 
+_PACKED_AT_ONCE = 2**26
+
 
 class Touched:
     """Which weights were ever selected: one bit each, on the CPU.
@@ -52,12 +54,21 @@ class Touched:
     @torch.no_grad()
     def count(self) -> None:
         """Add the present selection; to be called between backward and step."""
+        due = []
         for name, parameter, group in self._tensors():
-            if not parameter.requires_grad or self._seen.get(name) == group["refreshed_at"]:
-                continue
-            self._seen[name] = group["refreshed_at"]
-            bits = _pack(self._optimizer.selected(parameter)).cpu()
-            self._bits[name] = self._bits[name] | bits if name in self._bits else bits
+            if parameter.requires_grad and self._seen.get(name) != group["refreshed_at"]:
+                self._seen[name] = group["refreshed_at"]
+                due.append((name, parameter))
+        packed: list[tuple[str, Tensor]] = []
+        for i, (name, parameter) in enumerate(due):
+            packed.append((name, _pack(self._optimizer.selected(parameter))))
+            # Each way to the host waits for the GPU: few, but without much memory there.
+            last = i + 1 == len(due) or due[i + 1][1].device != parameter.device
+            if last or sum(bits.numel() for _, bits in packed) > _PACKED_AT_ONCE:
+                parts = torch.cat([bits for _, bits in packed]).cpu().split([bits.numel() for _, bits in packed])
+                for (own, _), bits in zip(packed, parts, strict=True):
+                    self._bits[own] = self._bits[own] | bits if own in self._bits else bits.clone()
+                packed = []
 
     def share(self) -> float:
         """Of the weights that are selected from, the share that was selected at least once."""
@@ -83,9 +94,10 @@ class Touched:
 
 def _pack(mask: Tensor) -> Tensor:
     """Bool of any shape to uint8 [ceil(n / 8)]."""
-    flat = mask.flatten()
+    flat = mask.flatten().to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (flat * (2 ** torch.arange(8, device=mask.device))).sum(dim=1).to(torch.uint8)
+    flat = flat << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return flat.sum(dim=1, dtype=torch.uint8)
 
 
 def _ones(bits: Tensor) -> int:

@@ -258,9 +258,9 @@ def finetune(
     settings = None if resume is not None else Config(**{**(read(config) if config else {}), **(keys or {})})
     for module in EXTRAS | LAB_EXTRAS:
         importlib.import_module(module)
-    _quiet()
     from nanoadam.lab import finetune as lab
 
+    lab.quiet()
     folder = resume or out or Path("runs") / f"finetune-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     with _training_progress() as tell:
         results = lab.resume(folder, tell) if settings is None else lab.run(settings, folder, tell)
@@ -268,6 +268,7 @@ def finetune(
         print(json.dumps({"out": str(folder), **results}))
         return
     from nanoadam.lab.plots import size
+    from nanoadam.lab.report import retained_rows
 
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     table.add_column("")
@@ -278,6 +279,8 @@ def finetune(
         table.add_row(f"memory: {kind}", size(count))
     table.add_row("time per step", f"{results['seconds_per_step']:.3g} s")
     table.add_row("weights moved", f"{100 * results['touched']:.2f} %")
+    for row in retained_rows(results):
+        table.add_row(*row)
     console = _console()
     console.print(table)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
@@ -302,8 +305,12 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Each run is repeated with each.", show_default="0,1,2")] = None,
-    retain: Annotated[
-        str | None, typer.Option(help="Text file that a language model must not forget.", show_default=False)
+    jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own, over all visible GPUs.")] = 1,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with this comparison: finished runs are read, others begin again.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
     keys: dict[str, Any] | None = None,
@@ -313,42 +320,50 @@ def compare(
     Takes the options of finetune; --optimizer, --learning-rate and --seed give way to the lists here. Variants stand
     in the TOML file, each in a section [compare.variants.NAME] with the keys it sets and its learning_rates.
     """
+    own = {"--optimizers": optimizers, "--learning-rates": learning_rates, "--seeds": seeds}
+    if resume is not None:
+        given = [name for name, value in {"a config file": config, "--out": out, **own}.items() if value]
+        given += [f"--{name.replace('_', '-')}" for name in keys or ()]
+        if given:
+            raise ValueError(f"--resume goes on with the comparison's own config: leave out {given[0]}")
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
     for module in EXTRAS | LAB_EXTRAS:
         importlib.import_module(module)
-    _quiet()
     from nanoadam.lab import compare as lab
+    from nanoadam.lab import finetune as single
 
-    given = {**(read(config, {"compare": lab.KEYS}) if config else {}), **(keys or {})}
-    own: dict[str, Any] = {key: given.pop(key) for key in lab.KEYS if key in given}
+    single.quiet()
+    chosen: dict[str, Any] = {"save_model": False}  # a grid's models are not what is asked for
+    chosen |= {**(read(config, {"compare": lab.KEYS}) if config else {}), **(keys or {})}
     if optimizers is not None:
-        own |= {"optimizers": _list("optimizers", optimizers, str), "variants": None}
+        chosen |= {"optimizers": _list("optimizers", optimizers, str), "variants": None}
     if learning_rates:
-        own["learning_rates"] = _grids(learning_rates)
+        chosen["learning_rates"] = _grids(learning_rates)
     if seeds is not None:
-        own["seeds"] = _list("seeds", seeds, int)
-    variants = lab.variants(*(own.pop(key, None) for key in ("optimizers", "learning_rates", "variants")))
-    own |= {} if retain is None else {"retain": retain}
-    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
-    comparison = lab.Comparison(Config(**given), variants, **own)
-    folder = out or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        chosen["seeds"] = _list("seeds", seeds, int)
+    comparison = None if resume is not None else lab.made(chosen)
+    folder = resume or out or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     with _progress() as bar:
         task = bar.add_task("reading model and data", total=None)
 
         def tell(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        results = lab.run(comparison, folder, tell)
+        results = lab.resume(folder, tell, jobs) if comparison is None else lab.run(comparison, folder, tell, jobs)
     if as_json:
         print(json.dumps({"out": str(folder), **results}))
         return
     from nanoadam.lab import tables
 
-    head, *rows = tables.lines(results)
-    table = Table(*head, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row)
     console = _console()
-    console.print(table)
+    lines = tables.lines(results)
+    for first in range(1, len(lines[0]), 6):  # as many columns as fit
+        head, *rows = [(row[0], *row[first : first + 6]) for row in lines]
+        table = Table(*head, box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for line in tables.foot(results):
         console.print(line, soft_wrap=True)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
@@ -416,20 +431,6 @@ def _list(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
     except ValueError:
         flag = "--" + name.replace("_", "-")
         raise ValueError(f"{flag} must be numbers separated by commas, got {text!r}") from None
-
-
-def _quiet() -> None:
-    """What a run has to say it says itself, and errors as one sentence."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()
-    warnings.simplefilter("ignore", FutureWarning)
 
 
 @contextlib.contextmanager

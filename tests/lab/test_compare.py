@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +70,7 @@ def test_the_table_holds_mean_and_deviation_at_the_chosen_rate(whole: Path) -> N
 
 def test_all_begin_with_the_same_model_and_data(whole: Path) -> None:
     lines = runs.read_lines(whole / "metrics.jsonl")
-    assert len({line["retained_before"] for line in lines}) == 1
+    assert len({line["retained"]["old: token loss"]["before"] for line in lines}) == 1
     for seed in (0, 1):
         first = {runs.read_lines(folder / "metrics.jsonl")[0]["loss"] for folder in (whole / "runs").glob(f"*-{seed}")}
         assert len(first) == 1
@@ -110,6 +113,105 @@ def test_a_rate_at_which_a_run_diverged_is_not_chosen() -> None:
     assert tables.table([outcome(1, 0.5), outcome(2, float("nan"))], False)[0]["learning_rate"] == 1
     none = {"variant": "mine", "optimizer": "adamw", "learning_rate": None, "stopped": ["the loss is nan"]}
     assert tables.table([outcome(1, None)], True) == [none]
+
+
+def timeless(line: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in line.items() if key != "seconds_per_step"}
+
+
+@pytest.mark.slow
+def test_the_results_are_the_same_whatever_the_number_of_jobs(job: dict[str, object], tmp_path: Path) -> None:
+    small = {**job, "seeds": "0", "threads": 1}
+    outs = {n: tmp_path / n for n in ("1", "2")}
+    for n, out in outs.items():
+        assert cli.main(command({**small, "jobs": n}, out)) == 0
+    one, two = (json.loads((out / "manifest.json").read_text())["results"] for out in outs.values())
+    assert [timeless(line) for line in one["runs"]] == [timeless(line) for line in two["runs"]]
+    assert [row["variant"] for row in two["table"]] == ["adamw", "nanoadam"]
+    assert any("2 runs at once" in line[0] for line in tables.lines(two))
+    assert not any("at once" in line[0] for line in tables.lines(one))
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(
+    whole: Path, job: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, run, begun = tmp_path / "run", finetune.run, []
+
+    def stop(config: object, folder: Path, *more: object) -> object:
+        if len(begun) == 3:
+            (folder / "half").mkdir(parents=True)
+            raise KeyboardInterrupt
+        begun.append(folder)
+        return run(config, folder, *more)
+
+    monkeypatch.setattr(finetune, "run", stop)
+    assert cli.main(command(job, out)) == 130
+    results = compare.load(out)[1]["results"]  # what there is makes a table
+    assert (len(results["runs"]), results["unfinished"]) == (3, 5)
+    assert [row["variant"] for row in results["table"]] == ["adamw"]
+    assert "5 runs are not finished" in tables.foot(results)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:10])  # killed while writing a line
+    begun.clear()
+    monkeypatch.setattr(finetune, "run", lambda config, folder: (begun.append(folder.name), run(config, folder))[1])
+    assert cli.main(["compare", "--resume", str(out)]) == 0
+    assert len(begun) == 5
+    ours, theirs = (json.loads((folder / "manifest.json").read_text())["results"] for folder in (out, whole))
+    assert [timeless(line) for line in ours["runs"]] == [timeless(line) for line in theirs["runs"]]
+    begun.clear()
+    assert cli.main(["compare", "--resume", str(out)]) == 0
+    assert begun == []
+
+
+def test_what_fails_is_a_line_and_the_rest_goes_on(
+    job: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, broken = finetune.run, ["sgd"]
+
+    def fail(config: object, folder: Path) -> object:
+        if config.optimizer in broken:
+            raise RuntimeError("CUDA out of memory\nand more")
+        return run(config, folder)
+
+    monkeypatch.setattr(finetune, "run", fail)
+    small = {**job, "optimizers": "sgd,adamw", "seeds": "0", "learning-rates": "1e-3"}
+    assert cli.main(command(small, tmp_path / "run")) == 0
+    printed = capsys.readouterr().out
+    assert "sgd has no result: RuntimeError: CUDA out of memory" in printed
+    lines = {line["variant"]: line for line in runs.read_lines(tmp_path / "run" / "metrics.jsonl")}
+    assert lines["sgd"]["failed"] and lines["adamw"]["metric"] > 0
+    assert "fail" in (tmp_path / "run" / "runs" / "sgd-0.001-0" / "error.txt").read_text()
+    broken.clear()  # what failed is tried again
+    assert cli.main(["compare", "--resume", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]
+    assert all(one["metric"] > 0 for one in results["runs"])
+
+
+def test_a_missing_library_stops_its_variant_only(
+    job: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    small = {**job, "optimizers": "adamw8bit,adamw", "seeds": "0", "learning-rates": "1e-3"}
+    assert cli.main(command(small, tmp_path / "run")) == 0
+    assert "adamw8bit has no result: adamw8bit needs bitsandbytes: pip install" in capsys.readouterr().out
+    assert cli.main(command({**small, "optimizers": "adamw8bit"}, tmp_path / "alone")) == 2
+    assert not (tmp_path / "alone").exists()
+
+
+def test_resume_takes_no_other_options_and_no_other_data(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", "--resume", str(tmp_path)]) == 2
+    assert "holds no comparison" in capsys.readouterr().err
+    assert cli.main(["compare", "--resume", str(whole), "--seeds", "1"]) == 2
+    assert "leave out --seeds" in capsys.readouterr().err
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    rows = [{"prompt": r["text"], "completion": r["label"]} for r in tiny.sentences(12)]
+    other = tiny.jsonl(tmp_path / "train.jsonl", rows)
+    text = re.sub(r"(?m)^train = .*$", f'train = "{other}"', (copy / "config.toml").read_text())
+    (copy / "config.toml").write_text(text)
+    assert cli.main(["compare", "--resume", str(copy)]) == 2
+    assert "the train data is not what it was" in capsys.readouterr().err
 
 
 VARIANTS = """
@@ -160,9 +262,7 @@ def lab_comparison(file: Path, rates: object = None) -> compare.Comparison:
     from nanoadam.lab import config as configs
 
     keys = configs.read(file, {"compare": compare.KEYS})
-    own = {key: keys.pop(key) for key in compare.KEYS if key in keys}
-    chosen = compare.variants(None, rates or own.get("learning_rates"), own["variants"])
-    return compare.Comparison(configs.Config(**keys), chosen, tuple(own["seeds"]))
+    return compare.made({**keys, "learning_rates": rates} if rates else keys)
 
 
 def test_the_selection_of_a_static_mask_is_made_once(job: dict[str, object], tmp_path: Path) -> None:
@@ -211,7 +311,11 @@ def test_a_bad_variant_is_one_sentence(
         ({"optimizers": "adamw,adamw"}, ["optimizers holds something twice"]),
         ({"seeds": "1,1"}, ["seeds holds something twice"]),
         ({"retain": "nowhere.txt"}, ["there is no text file nowhere.txt"]),
-        ({"task": "text-classification"}, ["retain measures the loss of language models"]),
+        (
+            {"task": "text-classification", "text_column": "prompt", "label_column": "completion"},
+            ["old.txt: a text file is for language models"],
+        ),
+        ({"jobs": "0"}, ["--jobs must be at least 1, got 0"]),
     ],
     ids=str,
 )

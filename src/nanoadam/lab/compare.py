@@ -8,18 +8,21 @@ what is measured of forgetting takes no part in the choice.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+import shutil
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from nanoadam.baselines import BASELINES
-from nanoadam.lab import finetune, models, runs, tables
-from nanoadam.lab import optimizers as methods
+from nanoadam.lab import config as configs
+from nanoadam.lab import finetune, optimizers, pool, runs, tables
 from nanoadam.lab.config import FIELDS, Config
 from nanoadam.lab.runs import nearest
 from nanoadam.lab.tables import CHOICE, Outcome
@@ -29,6 +32,9 @@ LEARNING_RATES = (1e-5, 1e-4, 1e-3)
 
 # What a variant may not set: these belong to the comparison, or would make one metric of two.
 SHARED = ("learning_rate", "seed", "task", "metric", "validation", "validation_share", "validation_rows")
+
+Key: TypeAlias = tuple[str, float, int]
+"""Of a run: variant, learning rate, seed."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many runs are done, how many there are."""
@@ -79,17 +85,14 @@ class Comparison:
         config: the job; its learning rate and seed give way to these.
         variants: see `Variant`, and `variants` for a short form.
         seeds: each run is repeated with each.
-        retain: a text file that a language model must not forget; measured as loss per token.
 
     Raises:
-        ValueError: for an empty list, something twice, a variant that is no valid config, or `retain` with another
-            kind of model.
+        ValueError: for an empty list, something twice, or a variant that is no valid config.
     """
 
     config: Config
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    retain: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
@@ -102,14 +105,10 @@ class Comparison:
         for variant in self.variants:
             try:
                 config = self._config(variant, variant.learning_rates[0], self.seeds[0])
-                methods.options(config)
+                optimizers.options(config)
             except ValueError as error:
                 raise ValueError(f"variant {variant.name}: {error}") from error
-            methods.method(config.optimizer)
-        if self.retain is not None and self.config.task != "causal-lm":
-            raise ValueError(f"retain measures the loss of language models, and {self.config.task} trains none")
-        if self.retain is not None and not Path(self.retain).is_file():
-            raise ValueError(f"there is no text file {self.retain} to retain")
+            optimizers.method(config.optimizer)
 
     def _config(self, variant: Variant, learning_rate: float, seed: int) -> Config:
         return dataclasses.replace(self.config, **variant.overrides, learning_rate=learning_rate, seed=seed)
@@ -127,8 +126,8 @@ class Comparison:
         """The job's keys and those of [compare]; reading it gives the same comparison."""
         import tomli_w
 
-        section: dict[str, Any] = {"seeds": list(self.seeds)} | ({"retain": self.retain} if self.retain else {})
-        section["variants"] = {variant.name: variant.to_dict() for variant in self.variants}
+        own = {variant.name: variant.to_dict() for variant in self.variants}
+        section = {"seeds": list(self.seeds), "variants": own}
         text = self.config.to_toml().replace("nanoadam finetune", "nanoadam compare")
         return f"{text}\n{tomli_w.dumps({'compare': section})}"
 
@@ -141,7 +140,7 @@ class Case:
     config: Config
 
     @property
-    def key(self) -> tuple[str, float, int]:
+    def key(self) -> Key:
         """What tells it from all others."""
         return self.variant, self.config.learning_rate, self.config.seed
 
@@ -154,19 +153,19 @@ class Case:
         return f"{self.variant}, learning rate {self.config.learning_rate:g}, seed {self.config.seed}"
 
 
-KEYS = ("optimizers", "learning_rates", "seeds", "variants", "retain")
+KEYS = ("optimizers", "learning_rates", "seeds", "variants")
 """What may stand in the section [compare] of a TOML file."""
 
 
 def variants(
-    optimizers: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     learning_rates: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     sections: Any = None,
 ) -> tuple[Variant, ...]:
     """Variants from what may stand in [compare].
 
     Args:
-        optimizers: the short form: each is a variant without keys of its own.
+        names: of optimizers, the short form: each is a variant without keys of its own.
         learning_rates: for variants without a grid of their own; or grids by name, with that of all others under
             "", which win over the variants' own.
         sections: overrides by name, with a grid under `learning_rates` where it has one.
@@ -174,16 +173,16 @@ def variants(
     Raises:
         ValueError: for both forms at once, or a grid for a name that there is none of.
     """
-    if optimizers is not None and sections is not None:
+    if names is not None and sections is not None:
         raise ValueError("give either optimizers or variants: a variant says with optimizer = ... which it has")
     if not isinstance(sections or {}, dict) or not all(isinstance(own, dict) for own in (sections or {}).values()):
         raise ValueError("variants must be sections like [compare.variants.NAME]")
-    if optimizers is not None:
-        if len(set(optimizers)) < len(optimizers):
-            raise ValueError(f"optimizers holds something twice: {', '.join(optimizers)}")
-        for name in optimizers:
-            methods.method(name)
-    found = {name: {} for name in optimizers or OPTIMIZERS} if sections is None else sections
+    if names is not None:
+        if len(set(names)) < len(names):
+            raise ValueError(f"optimizers holds something twice: {', '.join(names)}")
+        for name in names:
+            optimizers.method(name)
+    found = {name: {} for name in names or OPTIMIZERS} if sections is None else sections
     grids = learning_rates if isinstance(learning_rates, Mapping) else {}
     rest = LEARNING_RATES if learning_rates is None or isinstance(learning_rates, Mapping) else learning_rates
     for name in grids:
@@ -208,64 +207,163 @@ def _rates(name: str, values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def run(comparison: Comparison, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def run(comparison: Comparison, out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
     """Run all of it, and write one folder with a folder for each run in it.
+
+    A run that fails for whatever reason has a line that says why, and the others go on. Each line is written as soon
+    as its run is done.
 
     Args:
         comparison: what to compare.
         out: new or empty.
-        progress: told before each run.
+        progress: told when a run begins, and at the end.
+        jobs: how many runs at once, each in a process of its own and on one of the visible GPUs in turn.
 
     Returns:
-        `{"metric", "runs": [...], "table": [...]}`; see `tables.table`.
+        `{"metric", "runs": [...], "table": [...], ...}`; see `tables.table`.
 
     Raises:
         FileExistsError: `out` is a file or holds files.
         ValueError: for whatever the job can get wrong, before the first run.
     """
-    tell = progress or (lambda what, done, total: None)
-    comparison = dataclasses.replace(
-        comparison,
-        config=comparison.config.resolved(),
-        retain=comparison.retain and str(Path(comparison.retain).resolve()),
-    )
+    comparison = dataclasses.replace(comparison, config=comparison.config.resolved())
     if out.exists():
         runs.prepare_folder(out)
-    cases = comparison.cases()
-    for variant in comparison.variants:
-        case = next(case for case in cases if case.variant == variant.name)
-        job = finetune.prepare(case.config)
-    before = _retained(comparison, None) if comparison.retain else None
+    job = _prepared(comparison, jobs)
     runs.prepare_folder(out)
     runs.write(out / "config.toml", comparison.to_toml())
-    outcomes = []
-    for done, case in enumerate(cases):
-        tell(str(case), done, len(cases))
-        outcome = _one(comparison, case, out / "runs", job.task.metric, before)
-        runs.append(out / "metrics.jsonl", outcome)
-        outcomes.append(outcome)
-    tell("done", len(cases), len(cases))
-    results = {
-        "metric": job.task.metric,
-        "higher_is_better": job.task.higher_is_better,
-        "learning_rate_choice": CHOICE,
-        "table": tables.table(outcomes, job.task.higher_is_better),
-        "limits": methods.limits(dict.fromkeys(case.config.optimizer for case in cases)),
-        "runs": outcomes,
-    }
-    manifest = {
+    runs.write(out / "manifest.json", json.dumps(job, indent=2) + "\n")
+    return _go(comparison, out, job, progress, jobs)
+
+
+def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
+    """Go on with a comparison: runs that are finished are read, all others begin again.
+
+    Raises:
+        ValueError: if `out` holds no comparison, or the data is not what it was.
+    """
+    comparison, before = load(out)
+    job = _prepared(comparison, jobs)
+    for split in ("train", "validation"):
+        then, now = (found["data"].get(split, {}).get("sha256_of_rows") for found in (before, job))
+        if then != now:
+            raise ValueError(f"the {split} data is not what it was when {out} began: the table would mix two jobs")
+    return _go(comparison, out, job, progress, jobs)
+
+
+def load(out: Path) -> tuple[Comparison, dict[str, Any]]:
+    """The comparison in a folder, and its manifest, whose `results` are of the runs that are finished so far.
+
+    Raises:
+        ValueError: if `out` holds none.
+    """
+    if not (out / "config.toml").is_file() or not (out / "manifest.json").is_file():
+        raise ValueError(f"{out} holds no comparison: there is no config.toml with a manifest.json in it")
+    keys = configs.read(out / "config.toml", {"compare": KEYS})
+    comparison = made(keys)
+    manifest = json.loads((out / "manifest.json").read_text())
+    return comparison, {**manifest, "results": _results(comparison, manifest, finished(comparison, out))}
+
+
+def made(keys: dict[str, Any]) -> Comparison:
+    """A comparison from the keys of a TOML file: those of a config and those of [compare]."""
+    own = {key: keys[key] for key in KEYS if key in keys}
+    chosen = variants(*(own.pop(key, None) for key in ("optimizers", "learning_rates", "variants")))
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+    return Comparison(Config(**{key: value for key, value in keys.items() if key not in KEYS}), chosen, **own)
+
+
+def finished(comparison: Comparison, out: Path) -> dict[Key, Outcome]:
+    """The outcomes that are on the disk, in the order of the cases; not those of runs that failed."""
+    lines = {_key(line): line for line in runs.read_lines(out / "metrics.jsonl")}
+    found = {}
+    for case in comparison.cases():
+        line = lines.get(case.key)
+        manifest = out / "runs" / case.name / "manifest.json"
+        if line is None and manifest.is_file():  # killed between the end of the run and its line
+            results = json.loads(manifest.read_text())["results"]
+            line = None if results is None else _outcome(case, results)
+        if line is not None and not line.get("failed"):
+            found[case.key] = line
+    return found
+
+
+def _key(line: Outcome) -> Key:
+    return line["variant"], line["learning_rate"], line["seed"]
+
+
+def _prepared(comparison: Comparison, jobs: int) -> dict[str, Any]:
+    """What the manifest says before the first run; refuses what can be known to be wrong by then."""
+    first = {variant: list(group) for variant, group in itertools.groupby(comparison.cases(), lambda c: c.variant)}
+    missing = []
+    for name, cases in first.items():
+        try:
+            optimizers.check(cases[0].config)
+        except ImportError as error:
+            missing.append(error)
+        except ValueError as error:
+            raise ValueError(f"variant {name}: {error}") from error
+    if len(missing) == len(first):
+        raise missing[0]
+    plain = dataclasses.replace(comparison.config, optimizer="adamw", optimizer_options=(), seed=comparison.seeds[0])
+    job = finetune.prepare(plain)
+    for name, cases in first.items():
+        if cases[0].config.optimizer == "nanoadam":
+            try:
+                optimizers.make(job.task.model, cases[0].config, job.plan)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"variant {name}: {error}") from error
+    return {
         "command": "nanoadam compare",
         "kind": "comparison of variants of one job, each at its own learning rate",
         "pseudocode": runs.PSEUDOCODE,
-        **runs.environment(),
+        **runs.environment(runs_at_once=jobs),
         "data": job.sources,
+        "metric": {"name": job.task.metric, "higher_is_better": job.task.higher_is_better},
         "settings": dataclasses.asdict(comparison),
         "seeds": list(comparison.seeds),
-        "results": results,
+        "results": None,
     }
-    runs.write(out / "report.html", tables.page(f"compare: {comparison.config.task}", _lead(comparison), manifest))
+
+
+def _go(
+    comparison: Comparison, out: Path, manifest: dict[str, Any], progress: Progress | None, jobs: int
+) -> dict[str, Any]:
+    tell = progress or (lambda what, done, total: None)
+    done = finished(comparison, out)
+    cases = [case for case in comparison.cases() if case.key not in done]
+    total = len(done) + len(cases)
+    known = {_key(line) for line in runs.read_lines(out / "metrics.jsonl")}
+    for key, outcome in done.items():
+        if key not in known:
+            runs.append(out / "metrics.jsonl", outcome)
+    tasks = [_Task(case, out / "runs" / case.name, manifest["metric"]["name"]) for case in cases]
+    for _, outcome in pool.each(_one, tasks, jobs, _lost, lambda task: tell(str(task.case), len(done), total)):
+        runs.append(out / "metrics.jsonl", outcome)
+        done[_key(outcome)] = outcome
+    tell("done", total, total)
+    results = _results(comparison, manifest, done)
+    manifest = {**manifest, "results": results}
+    page = tables.page(f"compare: {comparison.config.task}", _lead(comparison), manifest)
+    runs.write(out / "report.html", page)
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return results
+
+
+def _results(comparison: Comparison, manifest: dict[str, Any], done: Mapping[Key, Outcome]) -> dict[str, Any]:
+    cases = comparison.cases()
+    outcomes = [done[case.key] for case in cases if case.key in done]
+    better = manifest["metric"]["higher_is_better"]
+    return {
+        "metric": manifest["metric"]["name"],
+        "higher_is_better": better,
+        "learning_rate_choice": CHOICE,
+        "runs_at_once": manifest["hardware"]["runs_at_once"],
+        "unfinished": len(cases) - len(outcomes),
+        "table": tables.table(outcomes, better),
+        "limits": optimizers.limits(dict.fromkeys(case.config.optimizer for case in cases)),
+        "runs": outcomes,
+    }
 
 
 def _lead(comparison: Comparison) -> str:
@@ -277,51 +375,60 @@ def _lead(comparison: Comparison) -> str:
     )
 
 
-def _one(comparison: Comparison, case: Case, folder: Path, metric: str, before: float | None) -> Outcome:
+# One run, in whatever process -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A case, the folder of its run, and which metric counts."""
+
+    case: Case
+    out: Path
+    metric: str
+
+
+def _one(task: _Task) -> Outcome:
     """One run's line: its key, and its results or why it has none."""
-    variant, learning_rate, seed = case.key
-    key = {"variant": variant, "optimizer": case.config.optimizer, "learning_rate": learning_rate, "seed": seed}
-    out = folder / case.name
+    case, out = task.case, task.out
+    finetune.quiet()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was not finished
     try:
-        results = finetune.run(case.config, out)
+        return _outcome(case, {**finetune.run(case.config, out), "metric": task.metric})
     except finetune.Diverged as error:
-        return {**key, "metric": None, "stopped": str(error)}
+        return {**_outcome(case, None), "stopped": str(error)}
+    except Exception as error:  # libraries raise what they like: the other runs are to go on
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "error.txt").write_text(traceback.format_exc())
+        reason = next(iter(str(error).strip().splitlines()), "")
+        what = reason if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {reason}"
+        return {**_outcome(case, None), "stopped": what, "failed": True}
+
+
+def _lost(task: _Task, why: str) -> Outcome:
+    return {**_outcome(task.case, None), "stopped": why, "failed": True}
+
+
+def _outcome(case: Case, results: dict[str, Any] | None) -> Outcome:
+    variant, learning_rate, seed = case.key
+    key: Outcome = {
+        "variant": variant,
+        "optimizer": case.config.optimizer,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "metric": None,
+    }
+    if results is None:
+        return key
     found = {
         **key,
-        "metric": results["final"][metric],
+        "metric": results["final"][results["metric"]],
         "final": results["final"],
+        "steps": results["steps"],
         **{f"memory_{kind}": count for kind, count in results["memory"].items()},
-        **{name: results[name] for name in ("seconds_per_step", "touched", "l2_moved")},
+        **{name: results[name] for name in ("seconds_per_step", "touched", "l2_moved", "retained")},
     }
-    if before is not None:
-        after = _retained(comparison, out / "model")
-        found |= {"retained_before": before, "retained_after": after, "forgetting": after - before}
+    if results["retained"]:
+        found["forgetting"] = next(iter(results["retained"].values()))["forgetting"]
     return found
-
-
-@torch.no_grad()
-def _retained(comparison: Comparison, folder: Path | None) -> float:
-    """Loss per token over the text to retain, of a saved model or of the one that all begin with."""
-    config = comparison.config
-    tokenizer = models.load_tokenizer(config)
-    own = config if folder is None else dataclasses.replace(config, model=str(folder), init_from_config=False)
-    torch.manual_seed(comparison.seeds[0])  # with init_from_config
-    model: torch.nn.Module = models.load_model(own)
-    model.train(False)
-    text = Path(str(comparison.retain)).read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    shape: Any = model.config
-    limit = min(getattr(shape.get_text_config(), "max_position_embeddings", None) or 1024, 1024)
-    total, count = 0.0, 0
-    device = "cuda" if torch.cuda.is_available() and config.device == "auto" else "cpu"
-    model.to(device)
-    for block in ids.split(limit):
-        if len(block) > 1:
-            logits = model(block[None].to(device)).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, block[1:].to(device), reduction="sum"))
-            count += len(block) - 1
-    if not count:
-        raise ValueError(f"{comparison.retain} holds fewer than two tokens: there is nothing to retain")
-    return total / count

@@ -64,6 +64,10 @@ class Config:
     train_rows: int | None = _key(None, "Use the first rows only.", "data", low=1)
     validation_rows: int | None = _key(None, "Use the first rows only.", "data", low=1)
 
+    retain: tuple[str, ...] = _key(
+        (), "What must not be forgotten: a text (language models), pairs of texts, labelled texts or images.", "data"
+    )
+
     optimizer: str = _key("nanoadam", f"Any of {', '.join(BASELINES)}.", "optimizer")
     optimizer_options: tuple[str, ...] = _key((), "Like galore.rank=64: METHOD.OPTION=VALUE.", "optimizer")
     learning_rate: float = _key(1e-4, "At the top of the schedule.", "optimizer", low=0.0)
@@ -112,6 +116,9 @@ class Config:
     keep_checkpoints: int = _key(1, "How many checkpoints to keep.", "training", low=1)
     log_every: int = _key(10, "Steps between lines of metrics.jsonl.", "training", low=1)
     device: str = _key("auto", "Where to compute.", "training", ("auto", "cpu"))
+    threads: int | None = _key(
+        None, "Of the CPU; by default as torch chooses, or a share of the cores under --jobs.", "training", low=1
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -136,10 +143,14 @@ class Config:
 
     def resolved(self) -> Config:
         """With whole paths where it names local files or folders, so that it can be run from anywhere."""
+
+        def whole(name: str) -> str:
+            path = Path(name).expanduser()
+            return str(path.resolve()) if path.exists() else name
+
         names = ("model", "tokenizer", "train", "validation")
-        paths = {name: Path(getattr(self, name)).expanduser() for name in names if getattr(self, name)}
-        local: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
-        return dataclasses.replace(self, **local)
+        local: dict[str, Any] = {name: whole(getattr(self, name)) for name in names if getattr(self, name)}
+        return dataclasses.replace(self, **local, retain=tuple(map(whole, self.retain)))
 
     def to_toml(self) -> str:
         """Every key with its value and what it means; reading it gives the same config."""

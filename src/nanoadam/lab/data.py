@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import ClassLabel, Dataset
 
@@ -18,9 +18,12 @@ from nanoadam.lab.runs import nearest
 TEXT = ("text", "sentence", "sentence1", "premise", "question1", "question", "review")
 IMAGE = ("image", "img", "file", "path")
 LABEL = ("label", "labels", "target", "score", "class")
+PAIR = ("text2", "sentence2", "hypothesis", "question2", "answer")
 PROMPT = ("prompt", "question", "instruction", "input")
 COMPLETION = ("completion", "answer", "response", "output")
 MESSAGES = ("messages", "conversation", "conversations")
+
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +66,9 @@ def load(config: Config) -> tuple[Split, Split]:
     Raises:
         ValueError: for a file that is not there or cannot be read, a hub id that cannot be had, or an empty split.
     """
-    train = _load(config.train, config)
+    train = _load(config.train, config.columns)
     if config.validation is not None:
-        validation = _load(config.validation, config)
+        validation = _load(config.validation, config.columns)
     else:
         if len(train) < 2:
             raise ValueError(f"{train.name} has {len(train)} rows, of which no validation split can be taken")
@@ -74,6 +77,47 @@ def load(config: Config) -> tuple[Split, Split]:
         validation = Split(parts["test"], share, {**train.source, "split": share})
         train = Split(parts["train"], train.name, {**train.source, "split": "all but the validation split"})
     return _first(train, config.train_rows), _first(validation, config.validation_rows)
+
+
+def read(name: str) -> Split:
+    """All rows of a file, a folder of images or a split on the hub; a table names its columns itself.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    return _first(_load(name, ()), None)
+
+
+def stamp(name: str) -> tuple[Any, ...]:
+    """What tells a file or folder from what it was before it was changed."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return (name,)
+    entries = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
+    return (str(path.resolve()), *((e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries))
+
+
+_REMEMBERED: dict[Any, Any] = {}
+_MOST_REMEMBERED = 16
+
+
+def remembered(key: Any, make: Callable[[], Made]) -> Made:
+    """What was made for a key before in this process: one that does many runs reads and encodes their data once."""
+    if key not in _REMEMBERED:
+        made = make()
+        while len(_REMEMBERED) >= _MOST_REMEMBERED:
+            del _REMEMBERED[next(iter(_REMEMBERED))]
+        _REMEMBERED[key] = made
+    found: Made = _REMEMBERED[key]
+    return found
+
+
+def key(config: Config) -> tuple[Any, ...]:
+    """Everything that decides the rows of a config and how they are encoded."""
+    own = [f.name for f in dataclasses.fields(config) if f.metadata["section"] == "data"]
+    split_off = config.seed if config.validation is None else None
+    files = [stamp(name) for name in (config.train, config.validation, config.tokenizer or config.model) if name]
+    return (config.task, config.model, config.revision, split_off, *files, *(getattr(config, name) for name in own))
 
 
 def _first(split: Split, count: int | None) -> Split:
@@ -104,7 +148,7 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _load(name: str, config: Config) -> Split:
+def _load(name: str, columns: Sequence[str]) -> Split:
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -115,7 +159,7 @@ def _load(name: str, config: Config) -> Split:
     if path.is_file():
         if suffix not in READERS:
             raise ValueError(f"{path} has an unknown format {suffix or 'without a suffix'}{nearest(suffix, READERS)}")
-        rows = READERS[suffix](path, config.columns)
+        rows = READERS[suffix](path, columns)
         return Split(rows, path.name, {"file": str(path.resolve()), "sha256": _file_digest(path)})
     if suffix in READERS or name.startswith(("/", ".", "~")):
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

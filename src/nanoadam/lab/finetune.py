@@ -7,17 +7,22 @@ takes its name when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -25,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from nanoadam.baselines.lora import merge_lora, pretrained
 from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
 from nanoadam.lab import config as configs
-from nanoadam.lab import data, optimizers, report, runs, tasks
+from nanoadam.lab import data, optimizers, report, retain, runs, tasks
 from nanoadam.lab.config import Config
 from nanoadam.lab.runs import RunError
 
@@ -44,6 +49,16 @@ class Job:
     plan: optimizers.Plan
     optimizer: optimizers.Made
     sources: dict[str, Any]
+    measures: dict[str, retain.Measure]
+
+
+def quiet() -> None:
+    """What a run has to say it says itself, and errors as one sentence."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def prepare(config: Config) -> Job:
@@ -53,7 +68,7 @@ def prepare(config: Config) -> Job:
         ValueError: for whatever a config can get wrong, in one sentence.
     """
     optimizers.check(config)
-    train, validation = data.load(config)
+    train, validation = data.remembered(("rows", data.key(config)), lambda: data.load(config))
     set_seed(config.seed)
     task = tasks.make(config, train, validation)
     per_epoch = max(1, math.ceil(math.ceil(len(task.train) / config.batch_size) / config.accumulate))
@@ -61,9 +76,10 @@ def prepare(config: Config) -> Job:
     if total < 1:
         raise ValueError(f"epochs {config.epochs:g} is not a single step: give more epochs, or max_steps")
     sources = {"train": train.source, "validation": validation.source, "read_as": task.description}
+    measures = retain.measures(config, task.processor)
     plan = optimizers.Plan(total, per_epoch)
     task.model = optimizers.adapt(task.model, config)
-    return Job(config, task, plan, optimizers.make(task.model, config, plan), sources)
+    return Job(config, task, plan, optimizers.make(task.model, config, plan), sources, measures)
 
 
 def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -85,10 +101,11 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str
     config = config.resolved()
     if out.exists():
         runs.prepare_folder(out)
-    job = prepare(config)
-    runs.prepare_folder(out)
-    runs.write(out / "config.toml", config.to_toml())
-    return _run(job, out, None, progress)
+    with _threads(config.threads):
+        job = prepare(config)
+        runs.prepare_folder(out)
+        runs.write(out / "config.toml", config.to_toml())
+        return _run(job, out, None, progress)
 
 
 def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -103,12 +120,27 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     manifest = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").is_file() else {}
     if manifest.get("results"):
         raise ValueError(f"the run in {out} is finished: its results are in manifest.json, its model in model/")
-    job = prepare(Config(**configs.read(out / "config.toml")))
+    config = Config(**configs.read(out / "config.toml"))
+    with _threads(config.threads):
+        return _go_on(out, prepare(config), manifest, progress)
+
+
+def _go_on(out: Path, job: Job, manifest: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
     for split in ("train", "validation"):
         before, now = (s.get(split, {}).get("sha256_of_rows") for s in (manifest.get("data", {}), job.sources))
         if before not in (None, now):
             raise ValueError(f"the {split} data is not what it was when {out} began: a resumed run would be neither")
     return _run(job, out, last_checkpoint(out / "checkpoints"), progress)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -122,6 +154,7 @@ def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None
     before = {name: p.detach().to("cpu", copy=True) for name, p in pretrained(model).items()}
     metrics = _Metrics(out / "metrics.jsonl", checkpoint, progress)
     trainer = _trainer(job, out, metrics)
+    known = {name: measure(model) for name, measure in job.measures.items()}
     manifest = {**_manifest(job, trainer), "started": _now(), "results": None}
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     if torch.cuda.is_available():
@@ -145,6 +178,7 @@ def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None
         **distance(whole, before),
         "memory": {kind: max(line["memory"][kind] for line in trained) for kind in trained[-1]["memory"]},
         "seconds_per_step": seconds[len(seconds) // 2],
+        "retained": retain.compared(known, {name: measure(whole) for name, measure in job.measures.items()}),
     }
     if config.save_model:
         with runs.whole_folder(out / "model") as folder:
@@ -174,10 +208,11 @@ def distance(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
     changed, total, square = 0, 0, 0.0
     for name, parameter in model.named_parameters():
         if name in before:
-            now, then = parameter.detach().cpu(), before[name]
+            now = parameter.detach()
+            then = before[name].to(now.device)
             changed += int((now != then).sum())
             total += now.numel()
-            square += float((now.double() - then.double()).square().sum())
+            square += float((now.float() - then.float()).square().sum(dtype=torch.float64))
     return {"touched": changed / max(1, total), "l2_moved": math.sqrt(square)}
 
 
@@ -214,6 +249,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         label_names=["labels"],
         remove_unused_columns=not task.keeps_columns,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several would be DataParallel, and batch_size no longer the batch
     callbacks: list[TrainerCallback] = [NanoAdamCallback()] if itself else []
     trainer = _Trainer(
         task.model,

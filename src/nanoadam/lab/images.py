@@ -73,6 +73,32 @@ def decode(source: Any) -> Image.Image:
         return image.convert("RGB")
 
 
+def sources(split: Split, column: str) -> list[Any]:
+    """What `decode` takes, for each row; all have been decoded once.
+
+    Raises:
+        ValueError: for an image that does not decode, naming its row.
+    """
+    base = Path(split.source.get("file", ".")).parent
+    rows = split.rows.with_format(None)
+    if hasattr(rows.features[column], "decode"):
+        from datasets import Image as ImageFeature
+
+        rows = rows.cast_column(column, ImageFeature(decode=False))
+    found = []
+    for number, value in enumerate(rows[column], start=1):
+        source = str(base / value) if isinstance(value, str) else value
+        try:
+            decode(source)
+        except (UnidentifiedImageError, OSError, TypeError, KeyError, SyntaxError, ValueError) as error:
+            what = f" ({value})" if isinstance(value, str) else ""
+            raise ValueError(
+                f"row {number} of {split.name}{what} holds no image that can be decoded: {error}"
+            ) from error
+        found.append(source)
+    return found
+
+
 class ImageClassification(tasks.Task):
     """Accuracy, F1 and Matthews correlation."""
 
@@ -87,34 +113,14 @@ class ImageClassification(tasks.Task):
         self.names = data.label_names(train, self._label)
         self.processor = models.load_image_processor(config)
         self.model = models.load_model(config, **tasks.label_options(self.names))
-        self.train, self.validation = self.encode(train), self.encode(validation)
+        self.train, self.validation = self.encoded(config, train, validation)
         self.collator = self._batch
         self.description = {"image": self._image, "label": self._label}
 
     def encode(self, split: Split) -> Dataset:
-        """Rows whose images have all been decoded once.
-
-        Raises:
-            ValueError: for an image that does not decode, naming its row.
-        """
-        base = Path(split.source.get("file", ".")).parent
-        rows = split.rows.with_format(None)
-        if hasattr(rows.features[self._image], "decode"):
-            from datasets import Image as ImageFeature
-
-            rows = rows.cast_column(self._image, ImageFeature(decode=False))
-        sources = []
-        for number, value in enumerate(rows[self._image], start=1):
-            source = str(base / value) if isinstance(value, str) else value
-            try:
-                decode(source)
-            except (UnidentifiedImageError, OSError, TypeError, KeyError, SyntaxError, ValueError) as error:
-                what = f" ({value})" if isinstance(value, str) else ""
-                raise ValueError(
-                    f"row {number} of {split.name}{what} holds no image that can be decoded: {error}"
-                ) from error
-            sources.append(source)
-        return Dataset.from_dict({"image": sources, "labels": data.class_ids(split, self._label, self.names)})
+        """Rows whose images have all been decoded once."""
+        labels = data.class_ids(split, self._label, self.names)
+        return Dataset.from_dict({"image": sources(split, self._image), "labels": labels})
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pixels = self.processor([decode(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]

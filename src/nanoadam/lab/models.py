@@ -40,7 +40,9 @@ def load_model(config: Config, **options: Any) -> transformers.PreTrainedModel:
         )
         dtype = getattr(torch, config.dtype)
         if config.init_from_config:
-            return AUTO[config.task].from_config(own, dtype=dtype, trust_remote_code=config.trust_remote_code)
+            # Where they will be trained: a large model would take minutes and twice its memory on the CPU.
+            with torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"):
+                return AUTO[config.task].from_config(own, dtype=dtype, trust_remote_code=config.trust_remote_code)
         return AUTO[config.task].from_pretrained(
             name,
             config=own,

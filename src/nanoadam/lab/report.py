@@ -53,11 +53,21 @@ def page(config: Config, manifest: dict[str, Any], lines: list[dict[str, Any]]) 
         ("weights moved", f"{100 * results['touched']:.2f} %"),
         ("l2 distance moved", f"{results['l2_moved']:.4g}"),
     ]
+    rows += retained_rows(results)
     lead = (
         f"{config.model} ({manifest['model']['parameters']:,} weights), {config.task} on {config.train}, "
         f"{config.optimizer}, learning rate {config.learning_rate:g}, seed {config.seed}, {results['steps']} steps."
     )
     return render(f"finetune: {config.task}", lead, rows, figures(lines, results["metric"]), manifest)
+
+
+def retained_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is left of what was to be retained, and how much that is less."""
+    rows = []
+    for label, found in results["retained"].items():
+        rows.append((f"{label}, after (before: {found['before']:.4g})", f"{found['after']:.4g}"))
+        rows.append((f"{label}, forgetting", f"{found['forgetting']:.4g}"))
+    return rows
 
 
 def render(

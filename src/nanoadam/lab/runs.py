@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import platform
@@ -109,11 +110,13 @@ def environment(**hardware: Any) -> dict[str, Any]:
             "accelerators": accelerator,
             **hardware,
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{d.name: d.version for d in sorted(metadata.distributions(), key=lambda d: d.name.lower())},
-        },
+        "versions": {"python": platform.python_version(), **_installed()},
     }
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    return {d.name: d.version for d in sorted(metadata.distributions(), key=lambda d: d.name.lower())}
 
 
 def commit() -> str | None:

@@ -27,8 +27,10 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("seconds_per_step", "time per step", "s"),
     ("touched", "weights moved", "%"),
     ("l2_moved", "l2 distance moved", ""),
-    ("forgetting", "forgetting (loss per token, after - before)", ""),
 )
+
+
+RETAINED = ("before", "after", "forgetting")
 
 
 def table(outcomes: Sequence[Outcome], higher_is_better: bool) -> list[dict[str, Any]]:
@@ -54,9 +56,13 @@ def table(outcomes: Sequence[Outcome], higher_is_better: bool) -> list[dict[str,
             rows.append({**row, "learning_rate": None, "stopped": list(reasons)})
             continue
         chosen = [o for o in own if o["learning_rate"] == best]
-        keys = [key for key in ("metric", *(key for key, _, _ in ROWS)) if all(key in o for o in chosen)]
+        keys = [key for key in ("metric", "forgetting", *(key for key, _, _ in ROWS)) if all(key in o for o in chosen)]
         spreads = {key: _spread([float(o[key]) for o in chosen]) for key in keys}
-        rows.append({**row, "learning_rate": best, "runs": len(chosen), **spreads})
+        retained = {
+            label: {key: _spread([o["retained"][label][key] for o in chosen]) for key in RETAINED}
+            for label in chosen[0].get("retained") or {}
+        }
+        rows.append({**row, "learning_rate": best, "runs": len(chosen), **spreads, "retained": retained})
     return rows
 
 
@@ -72,7 +78,13 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
                                              for r in rows)))  # fmt: skip
     for key, label, unit in (("metric", results["metric"], ""), *ROWS):
         if any(key in row for row in rows):
-            text.append((label, *(_cell(row.get(key), unit) for row in rows)))
+            shared = results["runs_at_once"] if key == "seconds_per_step" else 1
+            said = label if shared == 1 else f"{label} ({shared} runs at once)"
+            text.append((said, *(_cell(row.get(key), unit) for row in rows)))
+    for label in dict.fromkeys(label for row in rows for label in row.get("retained", ())):
+        for key in RETAINED:
+            cells = (_cell(row.get("retained", {}).get(label, {}).get(key), "") for row in rows)
+            text.append((f"{label}, {key}", *cells))
     return text
 
 
@@ -80,6 +92,10 @@ def foot(results: dict[str, Any]) -> list[str]:
     """What stands under the table: why a variant has no result, and what optimizers cannot do, or do otherwise."""
     stopped = [f"{row['variant']} has no result: {'; '.join(row['stopped'])}" for row in results["table"]
                if row["learning_rate"] is None]  # fmt: skip
+    if results["unfinished"]:
+        stopped.insert(0, f"{results['unfinished']} runs are not finished")
+    if any(row.get("retained") for row in results["table"]):
+        stopped.append("forgetting is before - after, of a loss after - before: positive where it has become worse")
     return stopped + optimizers.limit_lines(results["limits"])
 
 

@@ -52,6 +52,10 @@ class Task(abc.ABC):
         """Which way the metric goes."""
         return self.metrics[self.metric]
 
+    def encoded(self, config: Config, train: Split, validation: Split) -> tuple[Dataset, Dataset]:
+        """Both splits, encoded once in a process."""
+        return data.remembered(("encoded", data.key(config)), lambda: (self.encode(train), self.encode(validation)))
+
     @abc.abstractmethod
     def encode(self, split: Split) -> Dataset:
         """Rows as the model takes them."""
@@ -116,7 +120,7 @@ class _Text(Task):
         self.model = models.load_model(config, **self.model_options(train))
         self.model.config.pad_token_id = self.processor.pad_token_id
         self._limit = _sequence_limit(config, self.model, self.processor)
-        self.train, self.validation = self.encode(train), self.encode(validation)
+        self.train, self.validation = self.encoded(config, train, validation)
         self.collator = DataCollatorWithPadding(self.processor)
         self.description = {"text": self._texts, "label": self._label, "most_tokens": self._limit}
 
@@ -229,7 +233,7 @@ class CausalLM(Task):
             )
         self.model = models.load_model(config)
         self._limit = _sequence_limit(config, self.model, self.processor)
-        self.train, self.validation = self.encode(train), self.encode(validation)
+        self.train, self.validation = self.encoded(config, train, validation)
         self.collator = DataCollatorForSeq2Seq(self.processor, padding=True, label_pad_token_id=-100)
         self.preprocess_logits = _loss_and_count
         self.description = {"columns": self._columns, "most_tokens": self._limit, "loss": "on completions only"}
