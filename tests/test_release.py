@@ -569,5 +569,5 @@ def test_many_optimizers_on_one_model_leave_nothing_behind():
     last = NanoAdam(model.parameters(), density=0.2)
     for p in model.parameters():
         assert len(p._backward_hooks or ()) == 0
-        assert p not in release._owners or len(release._owners[p][1]) == 1
+        assert p not in release._hooks or len(release._hooks[p].releases) == 1
     assert last.gradient_bytes() == 0

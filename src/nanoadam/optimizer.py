@@ -343,18 +343,15 @@ class NanoAdam(Optimizer):
 
     def _count(self, slots: Sequence[Slot], i: int) -> None:
         """Count a step of these tensors of group i. Those in step with each other share one count."""
-        still: set[int] = set()  # counts that others share, who stand still
-        if len(slots) < sum(map(len, self._members[i])):
-            moving = set(map(id, slots))
+        counts = {id(count): count for count in (slot.state["step"] for slot in slots)}
+        if len(slots) < sum(map(len, self._members[i])):  # those who stand still keep the count that they shared
+            moving = {id(slot) for slot in slots}
             still = {id(slot.state["step"]) for some in self._members[i] for slot in some if id(slot) not in moving}
-        counts: dict[int, Tensor] = {}
+            counts = {key: count.clone() if key in still else count for key, count in counts.items()}
+            for slot in slots:
+                slot.state["step"] = counts[id(slot.state["step"])]
         for slot in slots:
             slot.steps += 1
-            count = slot.state["step"]
-            if id(count) in still:
-                slot.state["step"] = counts.setdefault(id(count), count.clone())
-            else:
-                counts[id(count)] = count
         if counts:
             torch._foreach_add_(list(counts.values()), 1)
 
@@ -535,10 +532,12 @@ def _density(group: Mapping[str, Any], step: int) -> float:
 
 
 def _by_device(slots: Iterable[Slot]) -> Iterable[tuple[torch.device, list[Slot]]]:
-    members: dict[torch.device, list[Slot]] = {}
-    for slot in slots:
-        members.setdefault(slot.weight.device, []).append(slot)
-    return members.items()
+    slots = list(slots)
+    devices = [slot.weight.device for slot in slots]
+    return [
+        (device, [slot for slot, its in zip(slots, devices, strict=True) if its == device])
+        for device in dict.fromkeys(devices)
+    ]
 
 
 def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:

@@ -22,28 +22,33 @@ GPU_BUDGET = 0.7
 """Bytes of dense gradients alive together on a GPU, as a multiple of the largest gradient. That one has to be
 alive at some time anyway, so letting almost as much gather elsewhere costs no memory, and one launch serves several."""
 
-# One hook per parameter, however many optimizers release its gradient: each has to see it before it is gone.
-# Values: (handle of the hook, weak references to the owners).
-_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
 
 def stands_in(gradient: Tensor) -> bool:
     """Whether it is the empty gradient that some optimizer has left as a witness, see `GradientRelease`."""
     return gradient.is_sparse and gradient._nnz() == 0
 
 
-def _hand_over(parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient is None:
-        return
-    _, refs = _owners.get(parameter, (None, ()))
-    alive = [release for release in (ref() for ref in refs) if release is not None]
-    takers = [release for release in alive if release._takes(parameter, gradient)]
-    if not takers:  # nobody is left who would: it stays where everybody looks for it
-        return
-    parameter.grad = None
-    for release in takers:
-        release._receive(parameter, gradient)
+class _Hook:
+    """The hook of a parameter. One for all optimizers that release its gradient: each must see it before it is gone."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.releases: list[weakref.ref[GradientRelease]] = []
+        self.handle = parameter.register_post_accumulate_grad_hook(self)
+
+    def __call__(self, parameter: Tensor) -> None:
+        """Hand `p.grad`, which is complete now, over to those who take it."""
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        takers = [release for ref in self.releases if (release := ref()) and release._takes(parameter, gradient)]
+        if not takers:  # nobody is left who would: it stays where everybody looks for it
+            return
+        parameter.grad = None
+        for release in takers:
+            release._receive(self, parameter, gradient)
+
+
+_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Owner(Protocol):
@@ -79,8 +84,8 @@ class GradientRelease:
         self._pending_bytes = 0
         self._task = -1  # the backward whose end we shall hear of
         self._largest = 0  # bytes of the largest gradient, as far as parameters tell
-        self._latest: Tensor | None = None
-        self._next_bytes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what came after it last time
+        self._latest: _Hook | None = None
+        self._next_bytes: dict[_Hook, int] = {}  # what came after it last time
         self._lock = threading.RLock()  # autograd runs hooks in one thread per device
         self._witness: tuple[Tensor, Tensor, int | None] | None = None
         self._witness_hook: tuple[Tensor, RemovableHandle] | None = None
@@ -91,29 +96,30 @@ class GradientRelease:
             return
         self._attached[parameter] = True
         self._largest = max(self._largest, parameter.nbytes)
-        if parameter not in _owners:
-            _owners[parameter] = (parameter.register_post_accumulate_grad_hook(_hand_over), [])
-        refs = _owners[parameter][1]
-        refs[:] = [ref for ref in refs if ref() is not None]
-        refs.append(weakref.ref(self))
+        if parameter not in _hooks:
+            _hooks[parameter] = _Hook(parameter)
+        releases = _hooks[parameter].releases
+        releases[:] = [ref for ref in releases if ref() is not None]
+        releases.append(weakref.ref(self))
 
     def detach(self) -> None:
         """Leave all gradients alone from now on."""
         self.flush()
         for parameter in list(self._attached.keys()):
-            handle, refs = _owners[parameter]
-            refs[:] = [ref for ref in refs if ref() not in (None, self)]
-            if not refs:
-                handle.remove()
-                del _owners[parameter]
+            hook = _hooks[parameter]
+            hook.releases[:] = [ref for ref in hook.releases if ref() not in (None, self)]
+            if not hook.releases:
+                hook.handle.remove()
+                del _hooks[parameter]
         self._attached = WeakTensorKeyDictionary()
+        self._next_bytes = {}
         self._remove_witness()
 
     def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
         owner = self._owner()
         return owner is not None and owner._takes(parameter, gradient)
 
-    def _receive(self, parameter: Tensor, gradient: Tensor) -> None:
+    def _receive(self, hook: _Hook, parameter: Tensor, gradient: Tensor) -> None:
         with self._lock:
             self.settle()
             if any(parameter is other for other, _ in self._pending):  # once each, see Owner
@@ -122,7 +128,7 @@ class GradientRelease:
             self._pending_bytes += gradient.nbytes
             if self._latest is not None:
                 self._next_bytes[self._latest] = gradient.nbytes
-            self._latest = parameter
+            self._latest = hook
             task = torch._C._current_graph_task_id()
             if task != self._task:  # a backward within a backward (reentrant checkpointing) is one of its own
                 self._task = task
@@ -130,7 +136,7 @@ class GradientRelease:
             budget = self._budget
             if budget is None:
                 budget = 0 if gradient.device.type == "cpu" else int(GPU_BUDGET * self._largest)
-            if self._pending_bytes + self._next_bytes.get(parameter, self._largest) > budget:
+            if self._pending_bytes + self._next_bytes.get(hook, self._largest) > budget:
                 self.flush()
 
     def _backward_ended(self) -> None:

@@ -9,7 +9,14 @@ from triton.compiler import ASTSource
 
 from nanoadam.ops import kernels, selection
 
-POINTERS = {"table": "*i64", "addresses": "*i64", "block_rows": "*i32", "chunk_rows": "*i32", "scratch": "*i16"}
+POINTERS = {
+    "table": "*i64",
+    "addresses": "*i64",
+    "block_rows": "*i32",
+    "chunk_rows": "*i32",
+    "changing": "*i64",
+    "scratch": "*i16",
+}
 POINTERS |= dict.fromkeys(("corrections", "lr_pointer", "scale_pointer"), "*fp32")
 NUMBERS = dict.fromkeys(("chunks", "key", "step"), "i32")
 

@@ -45,11 +45,14 @@ NEW_INDEX = tl.constexpr(23)
 NEW_EXP_AVG = tl.constexpr(24)
 NEW_EXP_AVG_SQ = tl.constexpr(25)
 NEW_BORN = tl.constexpr(26)
-NEW_HELD = tl.constexpr(27)
-STEPS = tl.constexpr(28)
-HELD = tl.constexpr(29)
-GRADIENT = tl.constexpr(30)
-SELECT_COLUMNS = tl.constexpr(31)
+SELECT_COLUMNS = tl.constexpr(27)
+
+# And of what changes from one selection to the next: addresses of held gradients, old and new, and of dense ones.
+HELD = tl.constexpr(0)
+NEW_HELD = tl.constexpr(1)
+GRADIENT = tl.constexpr(2)
+STEPS = tl.constexpr(3)
+CHANGING = tl.constexpr(4)
 
 
 @triton.jit
@@ -103,21 +106,22 @@ def _search(ranks, least, most, SHIFT: tl.constexpr, INTERPOLATE: tl.constexpr):
 
 
 @triton.jit
-def _values(row, at: tl.constexpr, spatial: tl.constexpr, start, lane, live, TYPE, CHANNELS_LAST, ALIGNED):
+def _values(pointers, at: tl.constexpr, row, spatial: tl.constexpr, start, lane, live, TYPE, CHANNELS_LAST, ALIGNED):
     """Weights or gradients of a chunk that begins at position `start`."""
     if CHANNELS_LAST:
         offset = _storage_offset(start + lane, tl.load(row + ROW), tl.load(row + spatial), True)
-        pointer = _field(row, at, TYPE) + offset
+        pointer = _field(pointers, at, TYPE) + offset
     elif ALIGNED:
-        pointer = tl.multiple_of(_list(row, at, TYPE) + tl.multiple_of(start, 8), 16) + lane
+        pointer = tl.multiple_of(_list(pointers, at, TYPE) + tl.multiple_of(start, 8), 16) + lane
     else:
-        pointer = _field(row, at, TYPE) + start + lane
+        pointer = _field(pointers, at, TYPE) + start + lane
     return tl.load(pointer, mask=live, other=0.0)
 
 
 @triton.jit
 def _ranks(
     row,
+    now,
     start,
     lane,
     live,
@@ -135,14 +139,14 @@ def _ranks(
         words, _ = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), start + lane)
         ranks = (words >> 2).to(tl.int32)
     elif CRITERION == 3:  # gradient
-        slopes = _values(row, GRADIENT, GRADIENT_SPATIAL, start, lane, live, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED)
+        slopes = _values(now, GRADIENT, row, GRADIENT_SPATIAL, start, lane, live, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED)
         ranks = 0x7F800001 - _magnitude(slopes)
     else:
-        ranks = _magnitude(_values(row, WEIGHT, SPATIAL, start, lane, live, WEIGHT_TYPE, CHANNELS_LAST, ALIGNED))
+        ranks = _magnitude(_values(row, WEIGHT, row, SPATIAL, start, lane, live, WEIGHT_TYPE, CHANNELS_LAST, ALIGNED))
         if CRITERION == 1:  # largest
             ranks = 0x7F800001 - ranks
     if KEEP_ZEROS:
-        values = _values(row, WEIGHT, SPATIAL, start, lane, live, WEIGHT_TYPE, CHANNELS_LAST, ALIGNED)
+        values = _values(row, WEIGHT, row, SPATIAL, start, lane, live, WEIGHT_TYPE, CHANNELS_LAST, ALIGNED)
         ranks = tl.where(values == 0.0, NEVER, ranks)
     return tl.where(live, ranks, NEVER)
 
@@ -189,6 +193,7 @@ def _write_down(bits, target, first, members, PART: tl.constexpr, CANDIDATES: tl
 def select(
     table,
     chunk_rows,
+    changing,  # int64 [tensors, CHANGING]
     scratch,  # int16 [programs, 2 * CANDIDATES + PLACES]
     chunks,
     key,
@@ -225,7 +230,9 @@ def select(
     SHIFT: tl.constexpr = 0 if tl.float32 == WEIGHT_TYPE else (13 if tl.float16 == WEIGHT_TYPE else 16)
     mine = scratch + tl.program_id(0) * (2 * CANDIDATES + PLACES)
     for number in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        row = table + tl.load(chunk_rows + number).to(tl.int64) * SELECT_COLUMNS
+        tensor = tl.load(chunk_rows + number)
+        row = table + tensor * SELECT_COLUMNS
+        now = changing + tensor * CHANGING
         number = number - _number(row, FIRST)
         full = _number(row, FULL)
         tail = _number(row, TAIL)
@@ -251,6 +258,7 @@ def select(
             taken = tl.minimum(length, SAMPLE)
             sampled = _ranks(
                 row,
+                now,
                 start,
                 where,
                 where < length,
@@ -275,6 +283,7 @@ def select(
                     there = tl.multiple_of(first, PART) + part
                     part_ranks = _ranks(
                         row,
+                        now,
                         start,
                         there,
                         there < length,
@@ -308,6 +317,7 @@ def select(
                         there = tl.multiple_of(first, PART) + part
                         part_ranks = _ranks(
                             row,
+                            now,
                             start,
                             there,
                             there < length,
@@ -335,6 +345,7 @@ def select(
                     there = tl.multiple_of(first, PART) + part
                     part_ranks = _ranks(
                         row,
+                        now,
                         start,
                         there,
                         there < length,
@@ -359,6 +370,7 @@ def select(
 
         ranks = _ranks(
             row,
+            now,
             start,
             index,
             lane < members,
@@ -404,12 +416,12 @@ def select(
                 exp_avg = tl.load(_field(row, EXP_AVG, STATE_TYPE) + source + place, mask=kept, other=0.0)
                 exp_avg_sq = tl.load(_field(row, EXP_AVG_SQ, STATE_TYPE) + source + place, mask=kept, other=0.0)
                 born_place = (source + place) * _number(row, BORN_STRIDE)
-                steps = _number(row, STEPS)
+                steps = _number(now, STEPS)
                 old_born = tl.load(_field(row, BORN, tl.int16) + born_place, mask=kept, other=0).to(tl.int32)
                 age = tl.minimum((steps - old_born) & 0xFFFF, MAX_AGE)
                 born = tl.where(kept, steps - age, steps)
             if CARRY_HELD:
-                held = tl.load(_field(row, HELD, HELD_TYPE) + source + place, mask=kept, other=0.0)
+                held = tl.load(_field(now, HELD, HELD_TYPE) + source + place, mask=kept, other=0.0)
             tl.debug_barrier()  # all of the old chunk is read before any of the new one is written
             live = entry < keep
             tl.store(index_target + entry, index.to(tl.int16), mask=live)
@@ -418,7 +430,7 @@ def select(
                 tl.store(_field(row, NEW_EXP_AVG_SQ, STATE_TYPE) + target + entry, exp_avg_sq, mask=live)
                 tl.store(_field(row, NEW_BORN, tl.int16) + target + entry, born.to(tl.int16), mask=live)
             if CARRY_HELD:
-                tl.store(_field(row, NEW_HELD, HELD_TYPE) + target + entry, held, mask=live)
+                tl.store(_field(now, NEW_HELD, HELD_TYPE) + target + entry, held, mask=live)
         else:
             tl.store(index_target + place, index.to(tl.int16), mask=taken)
             empty = (entry >= wanted) & (entry < keep)
