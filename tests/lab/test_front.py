@@ -12,8 +12,7 @@ pytest.importorskip("transformers")
 import numpy as np
 import transformers
 
-from nanoadam.lab import forgetting, front, runs, vision
-from nanoadam.lab.config import tomllib
+from nanoadam.lab import forgetting, front, recipe, runs, vision
 
 
 def mobilenet(classes: int = 3) -> Any:
@@ -253,8 +252,7 @@ def test_no_run_begins_after_the_time_is_up(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_recipe_is_what_it_says() -> None:
-    path = Path(front.__file__).parent / "recipes" / "forgetting-front.toml"
-    job = front.from_recipe(tomllib.loads(path.read_text()), Path("data"))
+    job = front.from_recipe(recipe.load("forgetting-front").keys, Path("data"))
     assert job.task1 == ("data/cifar10-train.npz", "data/cifar10-test.npz")
     jobs = job.jobs()
     assert len(jobs) == len(set(jobs))

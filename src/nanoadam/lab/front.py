@@ -7,22 +7,20 @@ them take minutes. They are spread over processes, most important first; each on
 
 from __future__ import annotations
 
-import concurrent.futures
 import copy
 import dataclasses
 import functools
 import math
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanoadam import baselines
-from nanoadam.lab import forgetting, fronts, runs, vision
+from nanoadam.lab import forgetting, fronts, pool, runs, vision
 from nanoadam.state import state_bytes
 
 AXES = ("task2", "task1_after")
@@ -200,19 +198,23 @@ class _Bench:
 def run_one(front: Front, job: Job, device: str, folder: Path) -> dict[str, Any]:
     """One run: its line, or why there is none. A start's weights are left in `folder` for the runs that begin there."""
     began = time.perf_counter()
-    start = job.start
-    line: dict[str, Any] = {
-        "kind": "task1" if start is None else "task2",
-        **dataclasses.asdict(job),
-        "start": start and start.method,
-        "start_rate": start and start.rate,
-    }
+    line = _key(job)
     try:
         bench = _bench(_Same(front), device)
         line |= _task1(front, job, bench, folder) if job.start is None else _task2(front, job, bench, folder)
     except Exception as error:  # one run's failure is no reason to lose the others
         line["stopped"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return {**line, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _key(job: Job) -> dict[str, Any]:
+    start = job.start
+    return {
+        "kind": "task1" if start is None else "task2",
+        **dataclasses.asdict(job),
+        "start": start and start.method,
+        "start_rate": start and start.rate,
+    }
 
 
 def _optimizer(method: Method, model: Any, rate: float, seed: int) -> torch.optim.Optimizer:
@@ -292,9 +294,9 @@ def run(
     out: Path,
     scratch: Path,
     *,
-    devices: Sequence[str] = ("cpu",),
     processes: int = 1,
     seconds: float | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """All runs of an experiment, as far as the time goes.
@@ -303,66 +305,51 @@ def run(
         front: the experiment.
         out: a JSONL file; each run's line is added as soon as it is done.
         scratch: an empty folder for the weights after task 1.
-        devices: the processes are dealt out over them.
-        processes: how many in all; 1 runs everything in this one.
+        processes: how many runs at once, each in a process of its own and on one of the visible GPUs in turn; 1 runs
+            everything in this process.
         seconds: no run begins later than this.
+        device: "auto" or "cpu".
         progress: told after each run.
 
     Returns:
         The lines.
     """
-    until = time.monotonic() + (math.inf if seconds is None else seconds)
     scratch.mkdir(parents=True, exist_ok=True)
-    jobs, lines = front.jobs(), []
-    for line in _outcomes(front, jobs, scratch, devices, processes, until):
-        runs.append(out, line)
-        lines.append(line)
-        if progress is not None:
-            progress(f"{line['method']}, {line['kind']}, learning rate {line['rate']:g}", len(lines), len(jobs))
+    until = time.time() + (math.inf if seconds is None else seconds)
+    jobs = front.jobs()
+    work = [_Work(front, job, device, scratch, until) for job in jobs]
+    places = {job: i for i, job in enumerate(jobs)}
+    after = [None if job.start is None else places[job.start] for job in jobs]
+    lines = []
+    for _, line in pool.each(_work, work, processes, _lost, after=after):
+        if line is not None:
+            runs.append(out, line)
+            lines.append(line)
+            if progress is not None:
+                progress(f"{line['method']}, {line['kind']}, learning rate {line['rate']:g}", len(lines), len(jobs))
     return lines
 
 
-def _outcomes(
-    front: Front, jobs: list[Job], scratch: Path, devices: Sequence[str], processes: int, until: float
-) -> Iterator[dict[str, Any]]:
-    if processes == 1:
-        yield from (run_one(front, job, devices[0], scratch) for job in jobs if time.monotonic() < until)
-        return
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    free = spawn.SimpleQueue()
-    for index in range(processes):
-        free.put(devices[index % len(devices)])
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    waiting, ended = list(jobs), set[Job]()
-    begun: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
-    with concurrent.futures.ProcessPoolExecutor(processes, spawn, _take_device, (free, threads)) as pool:
-        while True:
-            while len(begun) < processes and time.monotonic() < until:
-                job = next((job for job in waiting if job.start is None or job.start in ended), None)
-                if job is None:
-                    break
-                waiting.remove(job)
-                begun[pool.submit(_run_on_own_device, front, job, scratch)] = job
-            if not begun:
-                return
-            for future in concurrent.futures.wait(begun, return_when="FIRST_COMPLETED").done:
-                ended.add(begun.pop(future))
-                yield future.result()
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A run and what its process has to know."""
+
+    front: Front
+    job: Job
+    device: str
+    scratch: Path
+    until: float
 
 
-_own_device = "cpu"
+def _work(work: _Work) -> dict[str, Any] | None:
+    if time.time() > work.until:
+        return None
+    cuda = work.device == "auto" and torch.cuda.is_available()
+    return run_one(work.front, work.job, "cuda" if cuda else "cpu", work.scratch)
 
 
-def _take_device(free: Any, threads: int) -> None:
-    global _own_device
-    _own_device = free.get()
-    torch.set_num_threads(threads)
-    if _own_device.startswith("cuda"):
-        torch.cuda.set_device(_own_device)
-
-
-def _run_on_own_device(front: Front, job: Job, scratch: Path) -> dict[str, Any]:
-    return run_one(front, job, _own_device, scratch)
+def _lost(work: _Work, why: str) -> dict[str, Any]:
+    return {**_key(work.job), "stopped": why}
 
 
 # What came out -----------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def each(
     jobs: int,
     lost: Callable[[Item, str], Result],
     started: Callable[[Item], None] = lambda item: None,
+    after: Sequence[int | None] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Do all items, in this process or in several, and yield each one's position and result as it is done.
 
@@ -39,25 +40,37 @@ def each(
         jobs: how many processes; with 1 it is this one.
         lost: makes the result of an item whose process died; is given what is known of it.
         started: told when an item begins.
+        after: for each item the position of an earlier one that has to be done before it begins, or None.
 
     Raises:
         ValueError: for less than one process.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    needed = [None] * len(items) if after is None else after
+    done: set[int | None] = {None}
     if jobs == 1:
         for position, item in enumerate(items):
             started(item)
             yield position, work(item)
         return
-    waiting = list(enumerate(items))[::-1]
+    waiting = list(enumerate(items))
     workers: dict[Connection, _Worker] = {}
+
+    def deal() -> None:
+        for worker in workers.values():
+            ready = (i for i, (position, _) in enumerate(waiting) if needed[position] in done)
+            if worker.at is None and (index := next(ready, None)) is not None:
+                worker.at, item = waiting.pop(index)
+                started(item)
+                with contextlib.suppress(OSError):  # it has died: reading from it will say so
+                    worker.pipe.send(item)
+
     try:
         for number in range(min(jobs, len(items))):
             worker = _Worker(work, number, jobs)
             workers[worker.pipe] = worker
-        for worker in workers.values():
-            _next(worker, waiting, started)
+        deal()
         while any(worker.at is not None for worker in workers.values()):
             for pipe in wait([worker.pipe for worker in workers.values() if worker.at is not None]):
                 assert isinstance(pipe, Connection)
@@ -73,24 +86,17 @@ def each(
                         False,
                     )
                 worker.at = None
+                done.add(position)
                 if not sound and waiting:
                     worker.stop()
                     del workers[pipe]
                     worker = _Worker(work, worker.number, jobs)
                     workers[worker.pipe] = worker
-                _next(worker, waiting, started)
+                deal()
                 yield position, result
     finally:
         for worker in workers.values():
             worker.stop()
-
-
-def _next(worker: _Worker, waiting: list[tuple[int, Any]], started: Callable[[Any], None]) -> None:
-    if waiting:
-        worker.at, item = waiting.pop()
-        started(item)
-        with contextlib.suppress(OSError):  # it has died: reading from it will say so
-            worker.pipe.send(item)
 
 
 class _Worker:
