@@ -152,6 +152,20 @@ def test_images_have_a_probe(tmp_path: Path) -> None:
     assert results["retained"]["old: probe accuracy"]["before"] == 1.0  # light and dark
 
 
+def test_what_was_known_is_measured_once_for_models_that_are_the_same(root: Path) -> None:
+    own = config(root, "pairs.jsonl")
+    measures = retain.measures(own, models.load_tokenizer(own))
+    model = models.load_model(own)
+    first = retain.before(measures, own, model)
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)  # a new head is no other model
+    assert retain.before(measures, own, model) is first
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.normal_()
+    assert retain.before(measures, own, model) is not first
+    assert retain.before(measures, own, model) == {"pairs": measures["pairs"](model)}
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

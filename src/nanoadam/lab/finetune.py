@@ -154,7 +154,7 @@ def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None
     before = {name: p.detach().to("cpu", copy=True) for name, p in pretrained(model).items()}
     metrics = _Metrics(out / "metrics.jsonl", checkpoint, progress)
     trainer = _trainer(job, out, metrics)
-    known = {name: measure(model) for name, measure in job.measures.items()}
+    known = retain.before(job.measures, config, model)
     manifest = {**_manifest(job, trainer), "started": _now(), "results": None}
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     if torch.cuda.is_available():

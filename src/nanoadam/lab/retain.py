@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanoadam.baselines.lora import has_adapters
+from nanoadam.baselines.lora import has_adapters, pretrained
 from nanoadam.lab import data
 from nanoadam.lab.config import Config
 
@@ -37,8 +38,8 @@ ROUNDING = 1e-6
 """Cosines this near are the same: sums over other batches round otherwise."""
 
 Measured = dict[str, float]
-Measure = Callable[[nn.Module], Measured]
-"""Takes the model that is trained; gives a number for each thing it measures."""
+Measure = Callable[..., Measured]
+"""Takes the model that is trained, and `precision`, a config's autocast; gives a number for each thing it measures."""
 
 LOWER_IS_BETTER = ("token loss",)
 
@@ -54,13 +55,30 @@ def measures(config: Config, processor: Any) -> dict[str, Measure]:
         ValueError: for a file that is not there, cannot be read, or does not serve this kind of model.
     """
     found: dict[str, Measure] = {}
+    precision = config.autocast
     for name in config.retain:
         stem = Path(name).stem if Path(name).expanduser().exists() else name
         if stem in found:
             raise ValueError(f"retain holds two files called {stem}: their results could not be told apart")
         key = ("retain", data.stamp(name), config.task, data.stamp(config.tokenizer or config.model))
-        found[stem] = data.remembered(key, functools.partial(_measure, name, config, processor))
+        measure = data.remembered(key, functools.partial(_measure, name, config, processor))
+        found[stem] = functools.partial(measure, precision=precision)
     return found
+
+
+def before(measures: dict[str, Measure], config: Config, model: nn.Module) -> dict[str, Measured]:
+    """What is measured of a model that has not been trained yet, once in a process for models that are the same."""
+    if not measures:
+        return {}
+    digest = hashlib.blake2b()
+    inner: Any = _inner(model)
+    for name, parameter in pretrained(model).items():
+        if name.startswith(f"{inner.base_model_prefix}.") or inner.base_model is inner:
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    files = tuple(data.stamp(name) for name in config.retain)
+    device = next(model.parameters()).device.type
+    key = ("before", files, config.autocast, config.dtype, device, digest.hexdigest())
+    return data.remembered(key, lambda: {name: measure(model) for name, measure in measures.items()})
 
 
 def compared(before: dict[str, Measured], after: dict[str, Measured]) -> dict[str, dict[str, float]]:
@@ -100,11 +118,11 @@ def _token_loss(path: Path, tokenizer: Any) -> Measure:
     if len(ids) < 2:
         raise ValueError(f"{path} holds fewer than two tokens: there is nothing to retain")
 
-    def measure(model: nn.Module) -> Measured:
+    def measure(model: nn.Module, precision: str) -> Measured:
         shape: Any = model.config
         limit = min(getattr(shape.get_text_config(), "max_position_embeddings", None) or 1024, 1024)
         total, count = 0.0, 0
-        with _evaluating(model) as device:
+        with _evaluating(model, precision) as device:
             for block in ids.split(limit):
                 if len(block) > 1:
                     logits = model(block[None].to(device)).logits[0, :-1].float()
@@ -123,8 +141,8 @@ def _retrieval(split: data.Split, tokenizer: Any) -> Measure:
     second = split.column("retain", None, (*data.COMPLETION, *data.PAIR))
     sides = [_batches(data.texts(split, name), tokenizer) for name in (first, second)]
 
-    def measure(model: nn.Module) -> Measured:
-        with _evaluating(model) as device:
+    def measure(model: nn.Module, precision: str) -> Measured:
+        with _evaluating(model, precision) as device:
             asked, answers = (_text_features(model, batches, device) for batches in sides)
         likeness = nn.functional.normalize(asked) @ nn.functional.normalize(answers).T
         own = likeness.diagonal()[:, None]
@@ -138,8 +156,8 @@ def _text_probe(split: data.Split, tokenizer: Any) -> Measure:
     texts = data.texts(split, split.column("retain", None, data.TEXT))
     batches, labels = _batches(texts, tokenizer), _labels(split)
 
-    def measure(model: nn.Module) -> Measured:
-        with _evaluating(model) as device:
+    def measure(model: nn.Module, precision: str) -> Measured:
+        with _evaluating(model, precision) as device:
             return _probe(_text_features(model, batches, device), labels)
 
     return measure
@@ -150,9 +168,9 @@ def _image_probe(split: data.Split, processor: Any) -> Measure:
 
     sources, labels = images.sources(split, split.column("retain", None, data.IMAGE)), _labels(split)
 
-    def measure(model: nn.Module) -> Measured:
+    def measure(model: nn.Module, precision: str) -> Measured:
         features = []
-        with _evaluating(model) as device:
+        with _evaluating(model, precision) as device:
             encoder = backbone(model)
             dtype = next(encoder.parameters()).dtype
             for start in range(0, len(sources), BATCH):
@@ -193,9 +211,12 @@ def _probe(features: Tensor, labels: Sequence[int]) -> Measured:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The model under its head, also with peft's adapters in it."""
-    inner: Any = model.get_base_model() if has_adapters(model) else model  # type: ignore[operator]
-    found: nn.Module = inner.base_model
+    found: nn.Module = _inner(model).base_model
     return found
+
+
+def _inner(model: nn.Module) -> Any:
+    return model.get_base_model() if has_adapters(model) else model  # type: ignore[operator]
 
 
 def _batches(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], dict[str, Tensor]]]:
@@ -224,13 +245,15 @@ def _text_features(model: nn.Module, batches: list[tuple[list[int], dict[str, Te
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """No gradients, no dropout; as it was afterwards."""
+def _evaluating(model: nn.Module, precision: str) -> Iterator[torch.device]:
+    """No gradients, no dropout, in the precision that the run computes in; as it was afterwards."""
+    device = next(model.parameters()).device
+    computes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     training = [module for module in model.modules() if module.training]
     model.train(False)
     try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, computes, enabled=computes is not None):
+            yield device
     finally:
         for module in training:
             module.training = True
