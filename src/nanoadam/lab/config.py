@@ -99,6 +99,7 @@ class Config:
         "optimizer", ("float32", "bfloat16"),
     )  # fmt: skip
 
+    freeze_norms: bool = _key(False, "Keep BatchNorm as it is: statistics, scale and shift.", "training")
     epochs: float = _key(3.0, "Passes over the training data.", "training", low=0.0)
     max_steps: int | None = _key(None, "Stop after so many steps, whatever the epochs.", "training", low=1)
     batch_size: int = _key(16, "Rows per backward pass.", "training", low=1)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from nanoadam.baselines.lora import merge_lora, pretrained
 from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
 from nanoadam.lab import config as configs
-from nanoadam.lab import data, optimizers, report, retain, runs, tasks
+from nanoadam.lab import data, forgetting, optimizers, report, retain, runs, tasks
 from nanoadam.lab.config import Config
 from nanoadam.lab.runs import RunError
 
@@ -71,6 +71,8 @@ def prepare(config: Config) -> Job:
     train, validation = data.remembered(("rows", data.key(config)), lambda: data.load(config))
     set_seed(config.seed)
     task = tasks.make(config, train, validation)
+    if config.freeze_norms:
+        forgetting.freeze_norms(task.model)
     per_epoch = max(1, math.ceil(math.ceil(len(task.train) / config.batch_size) / config.accumulate))
     total = config.max_steps or math.ceil(config.epochs * per_epoch)
     if total < 1:

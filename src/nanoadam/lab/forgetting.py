@@ -7,13 +7,18 @@ was, and task 1 is measured again: forgetting is the drop.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from nanoadam.lab.config import Config
 
 Head = dict[str, nn.Module]
 """The parts of a model outside its backbone, by name."""
@@ -103,3 +108,55 @@ def scores(task1: float, task2: float, task1_after: float) -> dict[str, float]:
         "average": (task1 + task2 + task1_after) / 3,
         "forgetting": task1 - task1_after,
     }
+
+
+def run(first: Config, second: Config, out: Path) -> dict[str, Any]:
+    """Two finetuning runs, each with a folder of its own in `out`, and task 1 measured again with its own head.
+
+    Args:
+        first: task 1.
+        second: task 2; its model gives way to the backbone that task 1 has left, and its head is new.
+        out: for the folders `task1`, `start` (that backbone) and `task2`.
+
+    Returns:
+        `scores` (of the validation splits' accuracy), and the backbone's `shift` from where it was before task 2
+        (`moved`) and from the pretrained weights (`pretrained`).
+    """
+    from nanoadam.lab import finetune, models  # they need the extras; the rest of this does not
+
+    learned = finetune.run(first, out / "task1")
+    again = dataclasses.replace(
+        first, model=str(out / "task1" / "model"), init_from_config=False, optimizer="adamw", optimizer_options=()
+    )
+    job = finetune.prepare(again)
+    model: Any = job.task.model
+    model.base_model.save_pretrained(out / "start")
+    job.task.processor.save_pretrained(out / "start")
+    start = backbone(model)
+    second = dataclasses.replace(second, model=str(out / "start"), init_from_config=False)
+    changed = finetune.run(second, out / "task2")
+    last: Any = models.load_model(dataclasses.replace(second, model=str(out / "task2" / "model")))
+    model.base_model.load_state_dict(last.base_model.state_dict())
+    after = _accuracy(job, model)
+    pretrained: Any = models.load_model(dataclasses.replace(first, new_head=True))
+    return {
+        **scores(learned["final"]["accuracy"], changed["final"]["accuracy"], after),
+        "moved": shift(model, start),
+        "pretrained": shift(model, backbone(pretrained)),
+    }
+
+
+@torch.no_grad()
+def _accuracy(job: Any, model: Any) -> float:
+    """Of a model on the validation split of a job."""
+    rows, size = job.task.validation, job.config.eval_batch_size
+    device = torch.device("cuda" if torch.cuda.is_available() and job.config.device == "auto" else "cpu")
+    model.to(device).eval()
+    right = 0
+    for first in range(0, len(rows), size):
+        batch = job.task.collator([rows[i] for i in range(first, min(first + size, len(rows)))])
+        labels = batch.pop("labels")
+        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        right += int((logits.argmax(dim=-1).cpu() == labels).sum())
+    model.to("cpu")
+    return right / len(rows)
