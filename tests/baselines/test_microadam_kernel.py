@@ -1,7 +1,6 @@
 """The Triton kernel of MicroAdam against plain PyTorch, in the interpreter where there is no GPU.
 
-State is the same bit for bit. Weights may differ by what torch's square root on the CPU, which MKL computes, is off
-from the correctly rounded one.
+State is the same bit for bit. Weights may differ by the rounding of a quotient and a square root.
 """
 
 import pytest

@@ -116,7 +116,8 @@ def dequantize(code: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _scale(low: Tensor, high: Tensor) -> Tensor:
-    return (high.float() - low.float()) / 15
+    # By a tensor: torch divides by a number on GPUs by multiplying with its inverse, which rounds differently.
+    return (high.float() - low.float()) / torch.full((), 15.0, device=low.device)
 
 
 def largest(values: Tensor, keep: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The Triton kernel of MicroAdam's step: one launch for a list of tensors.
 
-Held to `window.py`: state bit for bit, weights within the rounding of torch's square root on the device compared with.
+Held to `window.py`: state bit for bit, weights within the rounding of a quotient and a root.
 
 A program works through blocks one after another. What a block needs of HBM it reads once: gradient, error, window
 and weights. Positions of the window are scattered into two float32 rows of scratch memory that belong to the program
@@ -18,7 +18,6 @@ import triton.language as tl
 from nanoadam.ops.kernels import _even, _random_words, _tensor_key, _to_bf16
 
 BUCKET = tl.constexpr(64)
-POSITIONS = tl.constexpr(32768)  # in a block, at most: 15 bits
 
 # Columns of the table of tensors (int64), as `window_triton.py` writes them.
 WEIGHT = tl.constexpr(0)
@@ -45,13 +44,36 @@ def _nearest(value):
 
 
 @triton.jit
-def _threshold(key, keep):
-    """The `keep`-th largest of distinct keys of 30 bits, found bit by bit."""
-    found = 0
-    for i in range(30):
-        trial = found | (1 << (29 - i))
-        found = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= keep, trial, found)
-    return found
+def _count(magnitude, least):
+    return tl.sum((magnitude >= least).to(tl.int32))
+
+
+@triton.jit
+def _threshold(magnitude, keep):
+    """What the `keep` largest are larger than, and how many of those that equal it are taken as well.
+
+    They usually lie within two powers of 2 of the largest, which is 256 bfloat16 values.
+    """
+    high = tl.max(magnitude) + 1
+    low = tl.maximum(high - 256, 0)
+    above = tl.full((), 0, tl.int32)
+    count = _count(magnitude, low)
+    while count < keep:
+        above = count
+        width = high - low
+        high = low
+        low = tl.maximum(low - 4 * width, 0)
+        count = _count(magnitude, low)
+    while (high - low > 1) & (count > keep):
+        middle = low + (high - low) // 2
+        there = _count(magnitude, middle)
+        enough = there >= keep
+        low = tl.where(enough, middle, low)
+        count = tl.where(enough, there, count)
+        high = tl.where(enough, high, middle)
+        above = tl.where(enough, above, there)
+    exact = count == keep
+    return tl.where(exact, low - 1, low), tl.where(exact, 0, keep - above)
 
 
 @triton.jit(do_not_specialize=["blocks", "row", "filled", "key", "number"])
@@ -75,67 +97,75 @@ def step(
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # at least the entries of a block
+    WIDE: tl.constexpr,  # positions beyond 31 bits
 ):
     """One step of Algorithm 1 on every block of every tensor in the table."""
-    place = tl.arange(0, BLOCK)
+    bucket = tl.arange(0, BLOCK // BUCKET)
+    place = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
+    pair = bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
+    nothing = tl.zeros([BLOCK // BUCKET, BUCKET], tl.float32)
     lane = tl.arange(0, LANES)
     first_moment = scratch + tl.program_id(0).to(tl.int64) * 2 * BLOCK
     second_moment = first_moment + BLOCK
-    tl.store(first_moment + place, tl.zeros([BLOCK], tl.float32))
-    tl.store(second_moment + place, tl.zeros([BLOCK], tl.float32))
+    tl.store(first_moment + place, nothing)
+    tl.store(second_moment + place, nothing)
 
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         tensor = table + tl.load(tensor_of + block).to(tl.int64) * COLUMNS
         size = tl.load(tensor + SIZE)
         within = block - tl.load(tensor + FIRST)
         start = within * size
-        length = tl.minimum(size, tl.load(tensor + NUMEL) - start)
+        if not WIDE:
+            start = start.to(tl.int32)
+        length = tl.minimum(size, tl.load(tensor + NUMEL) - start).to(tl.int32)
         full = tl.load(tensor + KEEP)
-        keep = tl.where(length == size, full, tl.load(tensor + KEEP_TAIL))
+        keep = tl.where(length == size, full, tl.load(tensor + KEEP_TAIL)).to(tl.int32)
         entry = within * full
         valid = place < length
+        started = bucket * BUCKET < length
 
         # The gradient plus the decoded error, in bfloat16.
-        error = tl.load(tensor + ERROR).to(tl.pointer_type(tl.uint8))
-        lows = tl.load(tensor + LOW).to(tl.pointer_type(tl.bfloat16))
-        highs = tl.load(tensor + HIGH).to(tl.pointer_type(tl.bfloat16))
-        gradient = tl.load(tensor + GRADIENT).to(tl.pointer_type(GRADIENT_TYPE))
-        error += start // 2
-        lows += start // BUCKET
-        highs += start // BUCKET
-        code = (tl.load(error + place // 2, mask=valid, other=0).to(tl.int32) >> (4 * (place % 2))) & 15
-        bucket = tl.arange(0, BLOCK // BUCKET)
-        started = bucket * BUCKET < length
-        low = tl.load(lows + bucket, mask=started, other=0).to(tl.float32)
-        scale = tl.math.div_rn(tl.load(highs + bucket, mask=started, other=0).to(tl.float32) - low, 15.0)
-        code = tl.reshape(code, [BLOCK // BUCKET, BUCKET]).to(tl.float32)
-        decoded = tl.reshape(_nearest(code * scale[:, None] + low[:, None]), [BLOCK])
-        total = _nearest(tl.load(gradient + start + place, mask=valid, other=0).to(tl.float32) + decoded)
+        error = tl.load(tensor + ERROR).to(tl.pointer_type(tl.uint8)) + start // 2
+        lows = tl.load(tensor + LOW).to(tl.pointer_type(tl.bfloat16)) + start // BUCKET + bucket
+        highs = tl.load(tensor + HIGH).to(tl.pointer_type(tl.bfloat16)) + start // BUCKET + bucket
+        gradient = tl.load(tensor + GRADIENT).to(tl.pointer_type(GRADIENT_TYPE)) + start
+        code = tl.load(error + pair, mask=started[:, None], other=0).to(tl.int32)
+        code = tl.reshape(tl.join(code & 15, code >> 4), [BLOCK // BUCKET, BUCKET])
+        low = tl.load(lows, mask=started, other=0).to(tl.float32)
+        scale = tl.load(highs, mask=started, other=0).to(tl.float32) - low
+        scale = tl.math.div_rn(scale, tl.full([BLOCK // BUCKET], 15.0, tl.float32))
+        decoded = _nearest(code.to(tl.float32) * scale[:, None] + low[:, None])
+        total = _nearest(tl.load(gradient + place, mask=valid, other=0).to(tl.float32) + decoded)
 
-        # Its largest entries go into the window.
-        magnitude = (total.to(tl.int32, bitcast=True) >> 16) & 0x7FFF
-        rank = tl.where(valid, (magnitude << 15) | (POSITIONS - 1 - place), -1)
-        taken = rank >= _threshold(rank, keep)
-        spot = tl.load(tensor + KEPT) * row + entry - 1 + tl.cumsum(taken.to(tl.int32), 0)
+        # Its largest entries go into the window. One running count for two: those surely taken in the low half, those
+        # that equal the threshold in the high half.
+        magnitude = tl.where(valid, (total.to(tl.int32, bitcast=True) >> 16) & 0x7FFF, -1)
+        threshold, wanted_ties = _threshold(magnitude, keep)
+        sure = (magnitude > threshold).to(tl.int32)
+        tie = ((magnitude == threshold) & valid).to(tl.int32)
+        both = sure + (tie << 16)
+        in_bucket = tl.sum(both, 1)
+        before = (tl.cumsum(in_bucket, 0) - in_bucket)[:, None] + tl.cumsum(both, 1) - both
+        ties_before = before >> 16
+        taken = (sure == 1) | ((tie == 1) & (ties_before < wanted_ties))
+        spot = tl.load(tensor + KEPT) * row + entry + (before & 0xFFFF) + tl.minimum(ties_before, wanted_ties)
         index = tl.load(tensor + INDEX).to(tl.pointer_type(tl.int16))
         value = tl.load(tensor + VALUE).to(tl.pointer_type(tl.bfloat16))
         tl.store(index + spot, place.to(tl.int16), mask=taken)
-        tl.store(value + spot, _to_bf16(total, _even(total)), mask=taken)
+        tl.store(value + spot, _to_bf16(total, 0), mask=taken)
 
         # The rest is the new error.
-        rest = tl.reshape(tl.where(taken, 0.0, total), [BLOCK // BUCKET, BUCKET])
-        inside = tl.reshape(valid, [BLOCK // BUCKET, BUCKET])
-        low = tl.where(started, tl.min(tl.where(inside, rest, float("inf")), 1), 0.0)
-        high = tl.where(started, tl.max(tl.where(inside, rest, float("-inf")), 1), 0.0)
+        rest = tl.where(taken, 0.0, total)
+        low = tl.where(started, tl.min(tl.where(valid, rest, float("inf")), 1), 0.0)
+        high = tl.where(started, tl.max(tl.where(valid, rest, float("-inf")), 1), 0.0)
         scale = tl.math.div_rn(high - low, tl.full([BLOCK // BUCKET], 15.0, tl.float32))
         scale = tl.where(scale == 0, 1.0, scale)
         steps = tl.math.div_rn(rest - low[:, None], tl.broadcast_to(scale[:, None], [BLOCK // BUCKET, BUCKET])) + 0.5
-        code = tl.where(inside, steps, 0.0).to(tl.int32)
+        code = tl.where(valid, steps, 0.0).to(tl.int32)
         pairs = tl.reshape(code, [BLOCK // BUCKET, BUCKET // 2, 2]) << (4 * tl.arange(0, 2))[None, None, :]
-        pair = bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
         tl.store(error + pair, tl.sum(pairs, 2).to(tl.uint8), mask=started[:, None])
-        tl.store(lows + bucket, _to_bf16(low, _even(low)), mask=started)
-        tl.store(highs + bucket, _to_bf16(high, _even(high)), mask=started)
+        tl.store(lows, _to_bf16(low, 0), mask=started)
+        tl.store(highs, _to_bf16(high, 0), mask=started)
 
         # Moments from the window. No position twice in a row, so threads meet only between rows; the next row is
         # on its way meanwhile.
@@ -158,12 +188,12 @@ def step(
             tl.debug_barrier()
         first = tl.load(first_moment + place) * correction1
         second = tl.load(second_moment + place) * correction2
-        tl.store(first_moment + place, tl.zeros([BLOCK], tl.float32))
-        tl.store(second_moment + place, tl.zeros([BLOCK], tl.float32))
+        tl.store(first_moment + place, nothing)
+        tl.store(second_moment + place, nothing)
 
         weights = tl.load(tensor + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)) + start + place
         weight = tl.load(weights, mask=valid, other=0).to(tl.float32)
-        weight = weight * shrink - lr * tl.math.div_rn(first, tl.math.sqrt_rn(second) + eps)
+        weight = weight * shrink - lr * (first / (tl.sqrt(second) + eps))
         if WEIGHT_TYPE == tl.bfloat16:  # noqa: SIM300
             noise = _even(weight)
             if STOCHASTIC:

@@ -52,8 +52,8 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
     kinds: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         size = max(BUCKET, triton.next_power_of_2(job.blocks.block))
-        kinds.setdefault((job.weight.dtype, job.gradient.dtype, size), []).append(job)
-    for (weight_type, gradient_type, size), members in kinds.items():
+        kinds.setdefault((job.weight.dtype, job.gradient.dtype, size, job.weight.numel() >= 2**31), []).append(job)
+    for (weight_type, gradient_type, size, wide), members in kinds.items():
         rows: list[list[int]] = []
         counts: list[int] = []
         for job in members:
@@ -85,6 +85,7 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
                 STOCHASTIC=key is not None,
                 BLOCK=size,
                 LANES=lanes,
+                WIDE=wide,
                 num_warps=max(1, min(16, size // 512)),
                 enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
                 **registers,

@@ -30,8 +30,13 @@ def _tensor_key(key, step, ordinal):
 
 @triton.jit
 def _random_words(key, position):
-    high = (position.to(tl.int64) >> 32).to(tl.uint32)
-    first = _mix(_mix(high ^ key) ^ position.to(tl.uint32))
+    """Positions in 32 bits are not negative."""
+    if position.dtype == tl.int64:
+        high = (position >> 32).to(tl.uint32)
+        first = _mix(high ^ key)
+    else:
+        first = _mix(key)
+    first = _mix(first ^ position.to(tl.uint32))
     return first, _mix(first ^ 0x6A09E667)
 
 
