@@ -1,11 +1,11 @@
 """MicroAdam against trajectories of its authors' CUDA code.
 
 `data/microadam_upstream.safetensors` was recorded on an NVIDIA H200 (torch 2.11.0, CUDA 13.0) with the packages
-ista-daslab-optimizers 1.1.15 and ista-daslab-optimizers-cuda 1.1.0. Three cases, settings in the file's metadata (`block`
-set as `d_block_size`, null for as large as the GPU's shared memory allows; quantization bucket 64, alpha 0, eps 1e-8):
-weights numpy.random.RandomState(seed).standard_normal(n), then gradients standard_normal((steps, n)) ** 3, both in
-bfloat16. The seeds are the first ones with which no two entries tie at the edge of a top-k, where the authors' choice is
-arbitrary. Stored: start, gradients, weights after every step, and the state after the last one.
+ista-daslab-optimizers 1.1.15 and ista-daslab-optimizers-cuda 1.1.0. Three cases, settings in the file's metadata
+(`block` set as `d_block_size`, null for as large as the GPU's shared memory allows; quantization bucket 64, alpha 0,
+eps 1e-8): weights numpy.random.RandomState(seed).standard_normal(n), then gradients standard_normal((steps, n)) ** 3,
+both in bfloat16. The seeds are the first ones with which no two entries tie at the edge of a top-k, where the authors'
+choice is arbitrary. Stored: start, gradients, weights after every step, and the state after the last one.
 """
 
 import json
@@ -24,7 +24,8 @@ FILE = Path(__file__).parent / "data" / "microadam_upstream.safetensors"
 @pytest.fixture(params=["one_block", "two_blocks", "dense_window"])
 def recorded(request):
     with safe_open(FILE, "pt") as file:
-        tensors = {key.partition(".")[2]: file.get_tensor(key) for key in file.keys() if key.startswith(request.param)}
+        keys = [key for key in file.keys() if key.startswith(request.param)]  # noqa: SIM118 - not a dict
+        tensors = {key.partition(".")[2]: file.get_tensor(key) for key in keys}
         return json.loads(file.metadata()[request.param]), tensors
 
 
