@@ -8,7 +8,6 @@ what is measured of forgetting takes no part in the choice.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -210,8 +209,8 @@ def _rates(name: str, values: Any) -> tuple[float, ...]:
 def run(comparison: Comparison, out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
     """Run all of it, and write one folder with a folder for each run in it.
 
-    A run that fails for whatever reason has a line that says why, and the others go on. Each line is written as soon
-    as its run is done.
+    A run that fails for whatever reason has a line that says why, and the others go on: so does a variant whose
+    library is missing or that this device cannot run. Each line is written as soon as its run is done.
 
     Args:
         comparison: what to compare.
@@ -224,7 +223,7 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None, job
 
     Raises:
         FileExistsError: `out` is a file or holds files.
-        ValueError: for whatever the job can get wrong, before the first run.
+        ValueError, ImportError: for whatever the job can get wrong, before the first run.
     """
     comparison = dataclasses.replace(comparison, config=comparison.config.resolved())
     if out.exists():
@@ -293,26 +292,22 @@ def _key(line: Outcome) -> Key:
 
 
 def _prepared(comparison: Comparison, jobs: int) -> dict[str, Any]:
-    """What the manifest says before the first run; refuses what can be known to be wrong by then."""
-    first = {variant: list(group) for variant, group in itertools.groupby(comparison.cases(), lambda c: c.variant)}
-    missing = []
-    for name, cases in first.items():
-        try:
-            optimizers.check(cases[0].config)
-        except ImportError as error:
-            missing.append(error)
-        except ValueError as error:
-            raise ValueError(f"variant {name}: {error}") from error
-    if len(missing) == len(first):
-        raise missing[0]
+    """What the manifest says before the first run; refuses what no variant could run with."""
     plain = dataclasses.replace(comparison.config, optimizer="adamw", optimizer_options=(), seed=comparison.seeds[0])
     job = finetune.prepare(plain)
-    for name, cases in first.items():
-        if cases[0].config.optimizer == "nanoadam":
-            try:
-                optimizers.make(job.task.model, cases[0].config, job.plan)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"variant {name}: {error}") from error
+    wrong: list[Exception] = []
+    for variant in comparison.variants:
+        config = next(case.config for case in comparison.cases() if case.variant == variant.name)
+        try:
+            optimizers.check(config)
+            if config.optimizer == "nanoadam":
+                optimizers.make(job.task.model, config, job.plan)
+        except ImportError as error:
+            wrong.append(error)
+        except (ValueError, TypeError) as error:
+            wrong.append(ValueError(f"variant {variant.name}: {error}"))
+    if len(wrong) == len(comparison.variants):  # otherwise the others run, and these say in the table why they cannot
+        raise wrong[0]
     return {
         "command": "nanoadam compare",
         "kind": "comparison of variants of one job, each at its own learning rate",

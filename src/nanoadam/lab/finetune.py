@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import json
 import logging
 import math
@@ -35,6 +36,12 @@ from nanoadam.lab.config import Config
 from nanoadam.lab.runs import RunError
 
 CURE = "Try a lower learning rate, warm-up or max_grad_norm"
+
+_CHECKPOINTING = next(  # its name changed within transformers 5
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in inspect.signature(TrainingArguments).parameters
+)
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with the newest of: step, total, loss, metric, memory."""
@@ -221,6 +228,7 @@ def distance(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
 def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
     config, task, plan = job.config, job.task, job.plan
     itself = optimizers.by_nanoadam(config)
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: config.checkpoint_activations}
     warmup = config.warmup * plan.total_steps if config.warmup < 1 else config.warmup
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -234,7 +242,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         label_smoothing_factor=config.label_smoothing,
         bf16=config.autocast == "bf16",
         fp16=config.autocast == "fp16",
-        activation_checkpointing=config.checkpoint_activations,
+        **checkpointing,
         logging_strategy="steps",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,  # it would hide a loss of NaN
