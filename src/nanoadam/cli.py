@@ -369,6 +369,71 @@ def compare(
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
+@app.command(
+    epilog="Example: nanoadam reproduce forgetting --scale small --model mobilenet --data vision --out runs/first"
+)
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="Of the experiment; see --list.", show_default=False)] = None,
+    scale: Annotated[
+        str,
+        typer.Option(help="full: the paper's; small: local stand-ins; smoke: tiny random models, only to see it run."),
+    ] = "full",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of local copies of the data.", show_default="from the hub")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the model, or with a folder for each model.", show_default="from the hub"),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Models, tasks and methods by name, separated by commas.", show_default="all")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at once, where they can be spread over processes.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; must be new or empty.", show_default="runs/NAME-TIME")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the experiments and leave.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The paper's experiments: run one, and print its figures beside the paper's."""
+    for module in EXTRAS | LAB_EXTRAS:
+        importlib.import_module(module)
+    from nanoadam.lab import finetune as single
+    from nanoadam.lab import recipe as recipes
+    from nanoadam.lab import reproduce as lab
+
+    single.quiet()
+    if show:
+        print(json.dumps({n: recipes.scales(n) for n in recipes.names()})) if as_json else _print_rows(lab.listing())
+        return
+    if name is None:
+        raise ValueError(f"say which experiment: {', '.join(recipes.names())}")
+    chosen = recipes.load(name, scale)
+    if only is not None:
+        chosen = chosen.only(_list("only", only, str))
+    folder = out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    with _progress() as bar:
+        task = bar.add_task("reading model and data", total=None)
+        results = lab.run(
+            chosen, folder, data=data, model=model, jobs=jobs,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps({"out": str(folder), **results}))
+        return
+    _print_rows(lab.lines(results))
+    for line in results["notes"]:
+        _console().print(line, soft_wrap=True)
+    _console().print(f"Report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
+    table = Table(*rows[0], box=box.SIMPLE_HEAD)
+    for row in rows[1:]:
+        table.add_row(*row)
+    _console().print(table)
+
+
 @app.command(epilog="Example: nanoadam bench --shapes bert-base --optimizers adamw,microadam,nanoadam")
 def bench(
     shapes: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}.", show_default=False)] = None,

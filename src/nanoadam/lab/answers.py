@@ -52,7 +52,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: if there is no such file, or it holds no rows.
     """
-    found = next((p for p in (path, path.with_name(f"{path.name}.xz")) if p.is_file()), None)
+    found = next((p for p in places(path) if p.is_file()), None)
     if found is None:
         raise ValueError(f"there is no file {path}: --data names the folder that it is in")
     raw = found.read_bytes()
@@ -64,6 +64,11 @@ def read_rows(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{found} must hold a list of objects")
     return rows
+
+
+def places(path: Path) -> tuple[Path, Path]:
+    """Where `read_rows` looks: the file itself, and packed."""
+    return path, path.with_name(f"{path.name}.xz")
 
 
 # Formats ---------------------------------------------------------------------------------------------------

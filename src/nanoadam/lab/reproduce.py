@@ -1,0 +1,258 @@
+"""The paper's experiments, each from a recipe: run, and its figures beside what came out here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanoadam.lab import recipe as recipes
+from nanoadam.lab import runs
+from nanoadam.lab.recipe import Recipe
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What an experiment gave.
+
+    Args:
+        rows: see `nanoadam.lab.experiments`.
+        figures: of matplotlib, for the report.
+        notes: lines under the table.
+    """
+
+    rows: list[Row]
+    figures: Sequence[Any] = ()
+    notes: Sequence[str] = ()
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    data: Path | None = None,
+    model: Path | None = None,
+    jobs: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run an experiment, and write one folder: recipe.toml, manifest.json, report.html, and what its runs write.
+
+    Args:
+        recipe: what to do.
+        out: new or empty.
+        data: a folder of local copies of its data, laid out as its recipe says.
+        model: a folder with its model, or with a folder for each of its models.
+        jobs: runs at once, where the experiment can be spread over processes.
+        progress: told how far it is.
+
+    Returns:
+        `{"name", "scale", "title", "rows": [...], "notes": [...], "seconds"}`.
+
+    Raises:
+        FileExistsError: `out` is a file or holds files.
+        ValueError: for a folder that is not there or does not hold what it should.
+    """
+    import tomli_w
+
+    from nanoadam.lab import experiments, report
+
+    for name, folder in (("data", data), ("model", model)):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{name} {folder} is no folder")
+    if out.exists():
+        runs.prepare_folder(out)
+    setting = experiments.Setting(out, data, model, jobs, progress or (lambda what, done, total: None))
+    if recipe.kind == "front":
+        _check_front(recipe, setting)
+    else:
+        experiments.check(recipe, setting)
+    runs.prepare_folder(out)
+    began = time.time()
+    runs.write(out / "recipe.toml", tomli_w.dumps(dict(recipe.keys)))
+    manifest = {
+        "command": f"nanoadam reproduce {recipe.name} --scale {recipe.scale}",
+        "kind": recipe.title,
+        "pseudocode": runs.PSEUDOCODE,
+        **runs.environment(runs_at_once=jobs),
+        "recipe": recipe.keys,
+        "folders": {"data": data and str(data.resolve()), "model": model and str(model.resolve())},
+        "results": None,
+    }
+    runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    found = KINDS[recipe.kind](recipe, setting)
+    results: dict[str, Any] = {
+        "name": recipe.name, "scale": recipe.scale, "title": recipe.title, "rows": found.rows,
+        "notes": [*found.notes, *_notes(recipe)], "seconds": round(time.time() - began, 1),
+    }  # fmt: skip
+    manifest["results"] = results
+    lead = f"{recipe.title}. In the paper: {recipe.keys.get('tables', 'nowhere')}. Scale: {recipe.scale}."
+    page = report.render(recipe.name, lead, lines(results), list(found.figures), manifest, results["notes"])
+    runs.write(out / "report.html", page)
+    runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return results
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    words = {
+        "smoke": "tiny random models and generated data: these figures say only that it runs from end to end",
+        "small": "a local stand-in for the paper's model or data: its figures are not to be compared one by one",
+    }
+    return [words[recipe.scale]] if recipe.scale in words else []
+
+
+# What each kind does --------------------------------------------------------------------------------------
+
+
+def _comparison(recipe: Recipe, setting: Any) -> Found:
+    from nanoadam.lab import experiments
+
+    rows = experiments.comparisons(recipe, setting)
+    return Found(rows, [_by_rate(rows)] if any(len(row.get("by_rate", ())) > 1 for row in rows) else [])
+
+
+def _sequence(recipe: Recipe, setting: Any) -> Found:
+    from nanoadam.lab import experiments
+
+    rows = experiments.sequences(recipe, setting)
+    done = [line for line in runs.read_lines(setting.out / "metrics.jsonl") if "stopped" not in line]
+    return Found(rows, [_heat(done)] if done else [])
+
+
+def _answers(recipe: Recipe, setting: Any) -> Found:
+    from nanoadam.lab import experiments
+
+    return Found(experiments.written(recipe, setting))
+
+
+def _check_front(recipe: Recipe, setting: Any) -> None:
+    if recipe.scale == "smoke":
+        return
+    if setting.data is None:
+        raise ValueError(f"{recipe.name} reads local files: --data names the folder that vision_files.py has made")
+    keys = recipe.keys["front"]
+    model = setting.model or setting.data / keys["model"]
+    for path in (model / "config.json", *(setting.data / name for name in (*keys["task1"], *keys["task2"]))):
+        if not path.is_file():
+            raise ValueError(f"there is no {path}: benchmarks/vision_files.py makes it")
+
+
+def _front(recipe: Recipe, setting: Any) -> Found:
+    from nanoadam.lab import front, fronts, smoke
+
+    data, model = setting.data, setting.model
+    if recipe.scale == "smoke":
+        data, model = setting.out / "smoke", smoke.model("mobilenet", setting.out / "smoke" / "mobilenet")
+        for task, classes in (("task1", 3), ("task2", 2)):
+            for name, count in zip(recipe.keys["front"][task], (32, 12), strict=True):
+                smoke.images(data / name, count, classes)
+    job = front.from_recipe(recipe.keys, data, model)
+    lines = front.run(
+        job, setting.out / "metrics.jsonl", setting.out / "starts", processes=setting.jobs, progress=setting.tell
+    )
+    reference = job.reference or (0.0, 0.0)
+    rows, figures = [], []
+    for norms in dict.fromkeys(part.norms for part in job.parts):
+        for start in dict.fromkeys(None if part.start == "own" else part.start for part in job.parts):
+            table = front.table(lines, norms, start, reference)
+            if table:
+                what = f"BatchNorm {norms}, {'each its own task 1' if start is None else f'task 1 by {start}'}"
+                rows += [_area(row, what) for row in table]
+                labels = "task 2, test accuracy", "task 1 afterwards, test accuracy"
+                figures.append(fronts.figure(table, labels, f"{what}; areas from {reference}"))
+    return Found(
+        rows, figures, [f"area under the front, from {reference[0]:g} of task 2 and {reference[1]:g} of task 1"]
+    )
+
+
+def _area(row: Mapping[str, Any], what: str) -> Row:
+    here = {"mean": row["area_mean"], "std": row["area_std"]}
+    return {
+        "model": what, "task": "both", "measure": "area", "variant": row["method"], "rate": None, "paper": None,
+        "here": here, "runs": row["seeds"], "of_means": row["area"], "points": row["points"],
+    }  # fmt: skip
+
+
+KINDS: dict[str, Callable[[Recipe, Any], Found]] = {
+    "comparison": _comparison,
+    "sequence": _sequence,
+    "answers": _answers,
+    "front": _front,
+}
+"""What runs a recipe, by its kind."""
+
+
+# What is printed ------------------------------------------------------------------------------------------
+
+
+def listing() -> list[tuple[str, ...]]:
+    """Every experiment, its scales and what it is; the head first."""
+    head = ("name", "scales", "what", "in the paper")
+    rows = [(name, ", ".join(recipes.scales(name)), recipes.load(name)) for name in recipes.names()]
+    return [head, *((name, scales, r.title, str(r.keys.get("tables", "-"))) for name, scales, r in rows)]
+
+
+def lines(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table as text, the head first: the paper's figure beside ours."""
+    head = ("model", "measure", "method", "paper", "here", "learning rate", "runs")
+    return [head, *(_line(row) for row in results["rows"])]
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    here = row["here"]
+    if here is None or not math.isfinite(here["mean"]):
+        cell = "; ".join(row.get("stopped", ["no result"]))
+    else:
+        cell = f"{here['mean']:.4g}" + ("" if here["std"] is None else f" ± {here['std']:.2g}")
+    return (
+        row["model"], row["measure"], row["variant"], "-" if row["paper"] is None else f"{row['paper']:g}", cell,
+        "-" if row["rate"] is None else f"{row['rate']:g}", str(row["runs"]),
+    )  # fmt: skip
+
+
+# Figures --------------------------------------------------------------------------------------------------
+
+
+def _by_rate(rows: Sequence[Row]) -> Any:
+    """The metric over learning rates, a panel for each model and task."""
+    from matplotlib.figure import Figure
+
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "by_rate" in row:
+            found.setdefault((row["model"], row["task"]), []).append(row)
+    wide = min(3, len(found))
+    figure = Figure(figsize=(4 * wide, 3 * math.ceil(len(found) / wide)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(found) / wide), wide, squeeze=False).flat
+    for axes, ((model, task), own) in zip(panels, found.items(), strict=False):
+        for row in own:
+            points = [(float(rate), value) for rate, value in row["by_rate"].items() if value is not None]
+            axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, label=row["variant"]) if points else None
+        axes.set(xscale="log", title=f"{model}, {task}", xlabel="learning rate", ylabel=f"{own[0]['metric']} (%)")
+        axes.legend(fontsize=6)
+    return figure
+
+
+def _heat(done: Sequence[Mapping[str, Any]]) -> Any:
+    """How far each tensor has moved from the pretrained weights, a row for each method, seeds averaged."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys((line["model"], line["variant"]) for line in done))
+    figure = Figure(figsize=(9, 1.2 + 0.9 * len(kinds)), layout="constrained")
+    for axes, (model, variant) in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
+        own = [
+            list(line["pretrained"]["tensors"].values())
+            for line in done
+            if (line["model"], line["variant"]) == (model, variant)
+        ]
+        means = [[sum(column) / len(column) for column in zip(*own, strict=True)]]
+        image = axes.imshow(means, aspect="auto", cmap="viridis")
+        axes.set_title(f"{model}, {variant}: l2 distance by tensor, in the order of the network", fontsize=8)
+        axes.set_yticks([])
+        figure.colorbar(image, ax=axes)
+    return figure
