@@ -34,6 +34,7 @@ def run(backend, monkeypatch, device, shapes, dtype, steps=4, ties=False, **opti
     [
         (((7, 100), (3, 128)), {"block_size": 256, "window": 3, "weight_decay": 0.1}),
         (((1, 1), (2, 33), (5, 64)), {"density": 0.05}),
+        (((9, 171), (3, 128)), {"block_size": 512, "density": 0.02, "window": 3, "ties": True}),  # few weights move
         (((4, 64), (2, 65)), {"block_size": 128, "density": 1.0, "stochastic_rounding": False}),
         (((3, 171), (9, 9)), {"block_size": 192, "density": 0.1, "ties": True, "window": 1}),
     ],

@@ -38,9 +38,10 @@ COLUMNS = tl.constexpr(14)
 
 
 @triton.jit
-def _nearest(value):
-    """Float32, rounded to what bfloat16 can hold."""
-    return _to_bf16(value, _even(value)).to(tl.float32)
+def _nearest(value, INTERPRETED: tl.constexpr):
+    """Float32, rounded to what bfloat16 can hold. The GPU does it in one instruction; the interpreter truncates."""
+    rounded = _to_bf16(value, _even(value)) if INTERPRETED else value.to(tl.bfloat16)
+    return rounded.to(tl.float32)
 
 
 @triton.jit
@@ -76,12 +77,39 @@ def _threshold(magnitude, keep):
     return tl.where(exact, low - 1, low), tl.where(exact, 0, keep - above)
 
 
+@triton.jit
+def _step(
+    weights,
+    place,
+    start,
+    valid,
+    first,
+    second,
+    lr,
+    shrink,
+    eps,
+    key,
+    WEIGHT_TYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    weight = tl.load(weights + place, mask=valid, other=0).to(tl.float32)
+    weight = weight * shrink - lr * (first / (tl.sqrt(second) + eps))
+    if WEIGHT_TYPE == tl.bfloat16:  # noqa: SIM300
+        noise = _even(weight)
+        if STOCHASTIC:
+            _, noise = _random_words(key, start + place)
+        tl.store(weights + place, _to_bf16(weight, noise), mask=valid)
+    else:
+        tl.store(weights + place, weight.to(WEIGHT_TYPE), mask=valid)
+
+
 @triton.jit(do_not_specialize=["blocks", "row", "filled", "key", "number"])
 def step(
     table,  # int64 [tensors, COLUMNS]
     tensor_of,  # int32 [blocks]: which tensor a block belongs to
     factors,  # float32 [window, 2]: powers of beta1 and beta2 by row of the window
     scratch,  # float32 [programs, 2, BLOCK]
+    owners,  # int16 [programs, BLOCK]
     blocks,
     row,  # of the window that is written now
     filled,  # rows that hold a gradient, this one included
@@ -97,7 +125,10 @@ def step(
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # at least the entries of a block
+    ROWS: tl.constexpr,  # at least the rows of the window; ROWS * LANES fits 15 bits
+    DENSE: tl.constexpr,  # whether every weight moves: by weight decay, or because nearly all are in the window
     WIDE: tl.constexpr,  # positions beyond 31 bits
+    INTERPRETED: tl.constexpr,
 ):
     """One step of Algorithm 1 on every block of every tensor in the table."""
     bucket = tl.arange(0, BLOCK // BUCKET)
@@ -105,6 +136,8 @@ def step(
     pair = bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
     nothing = tl.zeros([BLOCK // BUCKET, BUCKET], tl.float32)
     lane = tl.arange(0, LANES)
+    rows = tl.arange(0, ROWS)
+    owner = owners + tl.program_id(0).to(tl.int64) * BLOCK
     first_moment = scratch + tl.program_id(0).to(tl.int64) * 2 * BLOCK
     second_moment = first_moment + BLOCK
     tl.store(first_moment + place, nothing)
@@ -134,8 +167,8 @@ def step(
         low = tl.load(lows, mask=started, other=0).to(tl.float32)
         scale = tl.load(highs, mask=started, other=0).to(tl.float32) - low
         scale = tl.math.div_rn(scale, tl.full([BLOCK // BUCKET], 15.0, tl.float32))
-        decoded = _nearest(code.to(tl.float32) * scale[:, None] + low[:, None])
-        total = _nearest(tl.load(gradient + place, mask=valid, other=0).to(tl.float32) + decoded)
+        decoded = _nearest(code.to(tl.float32) * scale[:, None] + low[:, None], INTERPRETED)
+        total = _nearest(tl.load(gradient + place, mask=valid, other=0).to(tl.float32) + decoded, INTERPRETED)
 
         # Its largest entries go into the window. One running count for two: those surely taken in the low half, those
         # that equal the threshold in the high half.
@@ -148,11 +181,12 @@ def step(
         before = (tl.cumsum(in_bucket, 0) - in_bucket)[:, None] + tl.cumsum(both, 1) - both
         ties_before = before >> 16
         taken = (sure == 1) | ((tie == 1) & (ties_before < wanted_ties))
-        spot = tl.load(tensor + KEPT) * row + entry + (before & 0xFFFF) + tl.minimum(ties_before, wanted_ties)
-        index = tl.load(tensor + INDEX).to(tl.pointer_type(tl.int16))
-        value = tl.load(tensor + VALUE).to(tl.pointer_type(tl.bfloat16))
-        tl.store(index + spot, place.to(tl.int16), mask=taken)
-        tl.store(value + spot, _to_bf16(total, 0), mask=taken)
+        spot = (before & 0xFFFF) + tl.minimum(ties_before, wanted_ties)
+        kept = tl.load(tensor + KEPT)
+        index = tl.load(tensor + INDEX).to(tl.pointer_type(tl.int16)) + entry
+        value = tl.load(tensor + VALUE).to(tl.pointer_type(tl.bfloat16)) + entry
+        tl.store(index + kept * row + spot, place.to(tl.int16), mask=taken)
+        tl.store(value + kept * row + spot, _to_bf16(total, 0), mask=taken)
 
         # The rest is the new error.
         rest = tl.where(taken, 0.0, total)
@@ -170,35 +204,66 @@ def step(
         # Moments from the window. No position twice in a row, so threads meet only between rows; the next row is
         # on its way meanwhile.
         used = lane < keep
-        kept = tl.load(tensor + KEPT)
-        index += entry + lane
-        value += entry + lane
         tl.debug_barrier()
-        next_where = tl.load(index, mask=used, other=0)
-        next_held = tl.load(value, mask=used, other=0)
+        next_where = tl.load(index + lane, mask=used, other=0)
+        next_held = tl.load(value + lane, mask=used, other=0)
         for i in range(filled):
             where, held = next_where.to(tl.int32), next_held.to(tl.float32)
             more = used & (i + 1 < filled)
-            next_where = tl.load(index + kept * (i + 1), mask=more, other=0)
-            next_held = tl.load(value + kept * (i + 1), mask=more, other=0)
+            next_where = tl.load(index + kept * (i + 1) + lane, mask=more, other=0)
+            next_held = tl.load(value + kept * (i + 1) + lane, mask=more, other=0)
             first = tl.load(first_moment + where, mask=used, other=0) + held * tl.load(factors + 2 * i)
             second = tl.load(second_moment + where, mask=used, other=0) + held * held * tl.load(factors + 2 * i + 1)
             tl.store(first_moment + where, first, mask=used)
             tl.store(second_moment + where, second, mask=used)
             tl.debug_barrier()
-        first = tl.load(first_moment + place) * correction1
-        second = tl.load(second_moment + place) * correction2
-        tl.store(first_moment + place, nothing)
-        tl.store(second_moment + place, nothing)
 
-        weights = tl.load(tensor + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)) + start + place
-        weight = tl.load(weights, mask=valid, other=0).to(tl.float32)
-        weight = weight * shrink - lr * (first / (tl.sqrt(second) + eps))
-        if WEIGHT_TYPE == tl.bfloat16:  # noqa: SIM300
-            noise = _even(weight)
-            if STOCHASTIC:
-                _, noise = _random_words(_tensor_key(key, number, tl.load(tensor + ORDINAL)), start + place)
-            tl.store(weights, _to_bf16(weight, noise), mask=valid)
+        # Without weight decay only weights in the window move. A weight may be there in several rows: all of them
+        # sign for it, and the one whose signature stays makes the step, the same whoever it is.
+        weights = tl.load(tensor + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)) + start
+        tensor_key = _tensor_key(key, number, tl.load(tensor + ORDINAL))
+        if DENSE:
+            first = tl.load(first_moment + place)
+            second = tl.load(second_moment + place)
+            tl.store(first_moment + place, nothing)
+            tl.store(second_moment + place, nothing)
+            _step(
+                weights,
+                place,
+                start,
+                valid,
+                first * correction1,
+                second * correction2,
+                lr,
+                shrink,
+                eps,
+                tensor_key,
+                WEIGHT_TYPE,
+                STOCHASTIC,
+            )
         else:
-            tl.store(weights, weight.to(WEIGHT_TYPE), mask=valid)
+            signature = rows[:, None] * LANES + lane[None, :]
+            in_window = (rows[:, None] < filled) & used[None, :]
+            where = tl.load(index + kept * rows[:, None] + lane[None, :], mask=in_window, other=0).to(tl.int32)
+            tl.store(owner + where, signature.to(tl.int16), mask=in_window)
+            tl.debug_barrier()
+            in_window = in_window & (tl.load(owner + where, mask=in_window, other=-1).to(tl.int32) == signature)
+            first = tl.load(first_moment + where, mask=in_window, other=0)
+            second = tl.load(second_moment + where, mask=in_window, other=0)
+            tl.store(first_moment + where, tl.zeros_like(first), mask=in_window)
+            tl.store(second_moment + where, tl.zeros_like(second), mask=in_window)
+            _step(
+                weights,
+                where,
+                start,
+                in_window,
+                first * correction1,
+                second * correction2,
+                lr,
+                shrink,
+                eps,
+                tensor_key,
+                WEIGHT_TYPE,
+                STOCHASTIC,
+            )
         tl.debug_barrier()

@@ -20,7 +20,8 @@ MAX_BLOCK = 8192
 """Weights in a block that a program can hold in registers."""
 
 _PROGRAMS_PER_CORE = 4  # more hide latency better, until their scratch memory no longer fits the L2 cache
-_INTERPRETED = 2
+_INTERPRETED_PROGRAMS = 2
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -63,6 +64,7 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
         blocks = sum(counts)
         programs = min(blocks, _programs(device))
         registers = {"maxnreg": 128} if device.type == "cuda" and torch.version.cuda else {}  # two programs a core
+        rows_of_window = triton.next_power_of_2(step.window)
         lanes = triton.next_power_of_2(max(max(job.blocks.keep, job.blocks.keep_tail) for job in members))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernels.step[(programs,)](
@@ -70,6 +72,7 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
                 _tensor_of(tuple(counts), device),
                 _factors(step).to(device),
                 torch.empty(programs, 2, size, dtype=torch.float32, device=device),
+                torch.empty(programs, size, dtype=torch.int16, device=device),
                 blocks,
                 (step.number - 1) % step.window,
                 min(step.number, step.window),
@@ -85,7 +88,11 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
                 STOCHASTIC=key is not None,
                 BLOCK=size,
                 LANES=lanes,
+                ROWS=rows_of_window,
+                # Beyond a quarter of the block, weights are moved in the order they lie in.
+                DENSE=step.weight_decay != 0 or rows_of_window * lanes > size // 4,
                 WIDE=wide,
+                INTERPRETED=_INTERPRETED,
                 num_warps=max(1, min(16, size // 512)),
                 enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
                 **registers,
@@ -116,7 +123,7 @@ def _factors(step: Step) -> Tensor:
 
 def _programs(device: torch.device) -> int:
     if device.type != "cuda":
-        return _INTERPRETED
+        return _INTERPRETED_PROGRAMS
     return _PROGRAMS_PER_CORE * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
