@@ -60,18 +60,16 @@ def run(
     """
     import tomli_w
 
-    from nanoadam.lab import experiments, report
+    from nanoadam.lab import report
+    from nanoadam.lab.experiments import Setting
 
     for name, folder in (("data", data), ("model", model)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{name} {folder} is no folder")
     if out.exists():
         runs.prepare_folder(out)
-    setting = experiments.Setting(out, data, model, jobs, progress or (lambda what, done, total: None))
-    if recipe.kind == "front":
-        _check_front(recipe, setting)
-    else:
-        experiments.check(recipe, setting)
+    setting = Setting(out, data, model, jobs, progress or (lambda what, done, total: None))
+    _check(recipe, setting)
     runs.prepare_folder(out)
     began = time.time()
     runs.write(out / "recipe.toml", tomli_w.dumps(dict(recipe.keys)))
@@ -96,6 +94,16 @@ def run(
     runs.write(out / "report.html", page)
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return results
+
+
+def _check(recipe: Recipe, setting: Any) -> None:
+    """Refuse what is not there before anything is written."""
+    from nanoadam.lab import experiments
+
+    if recipe.kind == "front":
+        _check_front(recipe, setting)
+    elif recipe.kind != "toy":
+        experiments.check(recipe, setting)
 
 
 def _notes(recipe: Recipe) -> list[str]:
@@ -178,11 +186,31 @@ def _area(row: Mapping[str, Any], what: str) -> Row:
     }  # fmt: skip
 
 
+def _toy(recipe: Recipe, setting: Any) -> Found:
+    from nanoadam.lab import toy
+
+    results = toy.reproduce(recipe.scale, setting.out / "toy", setting.tell)
+    rows = []
+    for reading, by_extra in results["readings"].items():
+        for extra, result in zip(toy.PAPER, by_extra, strict=True):
+            for rule in toy.RULES:
+                for measure in ("test_loss", "distance"):
+                    found, lost = result[rule][measure], result[rule]["diverged"]
+                    good = {key: found[key] for key in ("mean", "std")} if math.isfinite(found["mean"]) else None
+                    rows.append({
+                        "model": f"{extra} extra", "task": "toy", "measure": f"{measure}, {rule}", "variant": reading,
+                        "rate": None, "paper": toy.PAPER[extra][rule][measure][0], "here": good,
+                        "runs": len(found["values"]), **({"stopped": [f"{lost} diverged"]} if lost else {}),
+                    })  # fmt: skip
+    return Found(rows, notes=["every choice that the paper leaves open, figures and verdict: toy/report.html"])
+
+
 KINDS: dict[str, Callable[[Recipe, Any], Found]] = {
     "comparison": _comparison,
     "sequence": _sequence,
     "answers": _answers,
     "front": _front,
+    "toy": _toy,
 }
 """What runs a recipe, by its kind."""
 
@@ -205,10 +233,8 @@ def lines(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _line(row: Row) -> tuple[str, ...]:
     here = row["here"]
-    if here is None or not math.isfinite(here["mean"]):
-        cell = "; ".join(row.get("stopped", ["no result"]))
-    else:
-        cell = f"{here['mean']:.4g}" + ("" if here["std"] is None else f" ± {here['std']:.2g}")
+    cell = "" if here is None else f"{here['mean']:.4g}" + ("" if here["std"] is None else f" ± {here['std']:.2g}")
+    cell = "; ".join(part for part in (cell, *row.get("stopped", ())) if part) or "no result"
     return (
         row["model"], row["measure"], row["variant"], "-" if row["paper"] is None else f"{row['paper']:g}", cell,
         "-" if row["rate"] is None else f"{row['rate']:g}", str(row["runs"]),
