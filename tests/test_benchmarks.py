@@ -145,7 +145,19 @@ def test_bad_input_gives_one_sentence(program, arguments, sentence):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("program", ["cpu_step", "step", "finetune_memory"])
+def test_the_plot_shows_every_method(tmp_path):
+    pytest.importorskip("transformers")
+    few = ["--device", "cpu", "--sequence", "16", "--steps", "1", "--warmup", "1"]
+    (tmp_path / "memory.json").write_text(
+        json.dumps(results("finetune_memory", *few, "--optimizers", "sgd,nanoadam:0.1"))
+    )
+    done = run("plot", str(tmp_path / "memory.json"), "--out", str(tmp_path / "memory.svg"))
+    assert done.returncode == 0, done.stderr
+    drawn = (tmp_path / "memory.svg").read_text()
+    assert "<!-- SGD -->" in drawn and "<!-- NanoAdam k = 10 % -->" in drawn
+
+
+@pytest.mark.parametrize("program", ["cpu_step", "step", "finetune_memory", "plot"])
 def test_help_has_an_example(program):
     done = run(program, "--help")
     assert done.returncode == 0
