@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -215,6 +216,35 @@ def _curve(axes: Axes, result: dict[str, Any], key: str) -> None:
     axes.tick_params(labelsize=6)
 
 
+def summary(results: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Everything but the single seeds, which metrics.jsonl has, and the versions of what was not used."""
+    usual = {**dataclasses.asdict(toyruns.ToyConfig()), **manifest["settings"]}
+
+    def brief(result: dict[str, Any]) -> dict[str, Any]:
+        differs = {key: value for key, value in result["config"].items() if value != usual[key] and key != "seeds"}
+        rules = {
+            rule: {key: [_short(result[rule][key][part]) for part in ("mean", "std")] for key, _ in MEASURES}
+            | {"diverged": result[rule]["diverged"]}
+            for rule in toyruns.RULES
+        }
+        return {"differs": differs, **rules, "order_as_in_the_paper": agreement(result)}
+
+    versions = {name: manifest["versions"].get(name) for name in ("python", "torch", "numpy", "matplotlib")}
+    about = {key: manifest[key] for key in ("command", "started", "seconds", "code", "hardware", "settings")}
+    return {
+        **about,
+        "versions": versions,
+        "paper": toyruns.PAPER,
+        "readings": {name: [brief(result) for result in found] for name, found in results["readings"].items()},
+        **{name: [brief(result) for result in results[name]] for name in ("grid", "rates", "others")},
+        **{name: results[name] for name in ("verdict", "pretraining", "critical_rate", "theorem")},
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(f"{value:.4g}")
+
+
 def write_folder(results: dict[str, Any], out: Path, config: dict[str, Any], about: dict[str, Any]) -> None:
     """Config, metrics (a line for each experiment), results, plots and report, and last the manifest."""
     import tomli_w
@@ -248,5 +278,5 @@ def write_folder(results: dict[str, Any], out: Path, config: dict[str, Any], abo
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         runs.write(out / f"{name}.png", buffer.getvalue())
-    runs.write(out / "results.json", json.dumps(results) + "\n")
+    runs.write(out / "results.json", json.dumps(summary(results, manifest), indent=1) + "\n")
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
