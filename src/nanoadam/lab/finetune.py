@@ -91,13 +91,18 @@ def prepare(config: Config) -> Job:
     return Job(config, task, plan, optimizers.make(task.model, config, plan), sources, measures)
 
 
-def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+Watch = Callable[[nn.Module], TrainerCallback]
+"""Makes a callback for a model, before there is an optimizer."""
+
+
+def run(config: Config, out: Path, progress: Progress | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Finetune, and write a run folder.
 
     Args:
         config: what to do.
         out: the folder; new or empty.
         progress: told about every line of metrics.
+        watch: makes one more callback of the Trainer.
 
     Returns:
         The results that stand in the manifest.
@@ -114,7 +119,7 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str
         job = prepare(config)
         runs.prepare_folder(out)
         runs.write(out / "config.toml", config.to_toml())
-        return _run(job, out, None, progress)
+        return _run(job, out, None, progress, watch)
 
 
 def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -158,11 +163,15 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return None if last is None else Path(last)
 
 
-def _run(job: Job, out: Path, checkpoint: Path | None, progress: Progress | None) -> dict[str, Any]:
+def _run(
+    job: Job, out: Path, checkpoint: Path | None, progress: Progress | None, watch: Watch | None = None
+) -> dict[str, Any]:
     config, model = job.config, job.task.model
     before = {name: p.detach().to("cpu", copy=True) for name, p in pretrained(model).items()}
     metrics = _Metrics(out / "metrics.jsonl", checkpoint, progress)
     trainer = _trainer(job, out, metrics)
+    if watch is not None:
+        trainer.add_callback(watch(model))
     known = retain.before(job.measures, config, model)
     manifest = {**_manifest(job, trainer), "started": _now(), "results": None}
     runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
