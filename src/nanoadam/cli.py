@@ -334,7 +334,8 @@ def compare(
     from nanoadam.lab import finetune as single
 
     single.quiet()
-    chosen: dict[str, Any] = {"save_model": False}  # a grid's models are not what is asked for
+    # A grid's models are not what is asked for, and its times should be the optimizer's.
+    chosen: dict[str, Any] = {"save_model": False, "log_touched": False}
     chosen |= {**(read(config, {"compare": lab.KEYS}) if config else {}), **(keys or {})}
     if optimizers is not None:
         chosen |= {"optimizers": _list("optimizers", optimizers, str), "variants": None}

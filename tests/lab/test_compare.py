@@ -267,7 +267,9 @@ def lab_comparison(file: Path, rates: object = None) -> compare.Comparison:
 
 def test_the_selection_of_a_static_mask_is_made_once(job: dict[str, object], tmp_path: Path) -> None:
     case = next(c for c in lab_comparison(variants(job, tmp_path)).cases() if c.variant == "static")
-    results = finetune.run(dataclasses.replace(case.config, max_steps=4, log_every=1), tmp_path / "run")
+    results = finetune.run(
+        dataclasses.replace(case.config, max_steps=4, log_every=1, log_touched=True), tmp_path / "run"
+    )
     lines = runs.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["touched"] for line in lines if line["event"] == "train"] == [pytest.approx(0.5, abs=0.01)] * 4
     assert results["touched"] < 0.7

@@ -350,3 +350,12 @@ def test_the_command_prints_a_table_or_json(
     assert captured.err == ""
     assert cli.main([*arguments, "--out", str(tmp_path / "b"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_time_per_step_is_the_mean_of_the_second_half() -> None:
+    def lines(*pairs: tuple[int, float]) -> list[dict[str, object]]:
+        return [{"step": step, "seconds_per_step": seconds} for step, seconds in pairs]
+
+    assert finetune._seconds_per_step(lines((1, 50.0), (10, 9.0), (20, 1.0), (25, 3.0), (40, 1.0))) == 1.5
+    assert finetune._seconds_per_step(lines((1, 50.0), (3, 2.0))) == 2.0
+    assert finetune._seconds_per_step(lines((1, 50.0))) == 50.0

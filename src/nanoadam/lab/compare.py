@@ -8,6 +8,7 @@ what is measured of forgetting takes no part in the choice.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import re
@@ -386,6 +387,7 @@ def _one(task: _Task) -> Outcome:
     """One run's line: its key, and its results or why it has none."""
     case, out = task.case, task.out
     finetune.quiet()
+    gc.collect()  # the model of the run before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     shutil.rmtree(out, ignore_errors=True)  # of a run that was not finished

@@ -116,6 +116,9 @@ class Config:
     save_model: bool = _key(True, "Write the finetuned model, and checkpoints on the way.", "training")
     keep_checkpoints: int = _key(1, "How many checkpoints to keep.", "training", low=1)
     log_every: int = _key(10, "Steps between lines of metrics.jsonl.", "training", low=1)
+    log_touched: bool = _key(
+        True, "nanoadam: log the share selected at least once; costs time at each selection.", "training"
+    )
     device: str = _key("auto", "Where to compute.", "training", ("auto", "cpu"))
     threads: int | None = _key(
         None, "Of the CPU; by default as torch chooses, or a share of the cores under --jobs.", "training", low=1

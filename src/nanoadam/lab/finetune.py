@@ -187,7 +187,6 @@ def _run(
     whole = merge_lora(model)
     lines = runs.read_lines(out / "metrics.jsonl")
     trained = [line for line in lines if line["event"] == "train"]
-    seconds = sorted(line["seconds_per_step"] for line in trained[1:] or trained)  # the first step warms up
     results = {
         "metric": job.task.metric,
         "higher_is_better": job.task.higher_is_better,
@@ -195,7 +194,7 @@ def _run(
         "final": next(line["metrics"] for line in reversed(lines) if line["event"] == "evaluation"),
         **distance(whole, before),
         "memory": {kind: max(line["memory"][kind] for line in trained) for kind in trained[-1]["memory"]},
-        "seconds_per_step": seconds[len(seconds) // 2],
+        "seconds_per_step": _seconds_per_step(trained),
         "retained": retain.compared(known, {name: measure(whole) for name, measure in job.measures.items()}),
     }
     if config.save_model:
@@ -210,6 +209,17 @@ def _run(
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _seconds_per_step(trained: list[dict[str, Any]]) -> float:
+    """The mean over the second half of the run, new selections included; the first half compiles and warms up."""
+    spans = [
+        (line["step"] - before, line["seconds_per_step"])
+        for line, before in zip(trained, [0, *(line["step"] for line in trained)], strict=False)
+        if 2 * before >= trained[-1]["step"]
+    ]
+    spans = [span for span in spans if span[0] > 0] or [(1, trained[-1]["seconds_per_step"])]
+    return float(sum(steps * seconds for steps, seconds in spans) / sum(steps for steps, _ in spans))
 
 
 def _step(checkpoint: Path) -> int:
@@ -269,7 +279,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         remove_unused_columns=not task.keeps_columns,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several would be DataParallel, and batch_size no longer the batch
-    callbacks: list[TrainerCallback] = [NanoAdamCallback()] if itself else []
+    callbacks: list[TrainerCallback] = [NanoAdamCallback(config.log_touched)] if itself else []
     trainer = _Trainer(
         task.model,
         arguments,
@@ -387,7 +397,7 @@ class _Metrics(TrainerCallback):
         elif "loss" in logs:
             # At its largest: the gradients before the step, and the state after it, which a step may have enlarged.
             self._memory["state"] = memory_by_kind(kwargs["model"], unwrap(kwargs["optimizer"]))["state"]
-            seconds = sorted(self._times)[len(self._times) // 2]  # the median: a first step is no measure
+            seconds = sum(self._times) / len(self._times)
             values = {
                 key: logs[key] for key in ("loss", "grad_norm", "learning_rate", "density", "touched") if key in logs
             }
