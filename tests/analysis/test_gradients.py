@@ -1,0 +1,128 @@
+"""Gradients are measured tensor by tensor, and the model is left as it was."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import nanoadam
+from nanoadam import analysis
+from nanoadam.analysis import gradients
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+
+
+def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(5, 4), torch.randint(2, (5,))) for _ in range(count)]
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+MATRICES = ["0.weight", "2.weight", "4.weight"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_measured_is_the_gradient_of_the_mean_loss(count: int) -> None:
+    model, data = net(), batches(count)
+    found = analysis.measure_gradients(model, data, lambda w, g: (w.clone(), g.clone()), loss)
+    (sum(loss(model, batch) for batch in data) / count).backward()
+    assert list(found) == MATRICES
+    for name, (weight, gradient) in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+        assert torch.equal(weight, model.get_parameter(name))
+
+
+def test_of_one_batch_only_one_gradient_is_there_at_a_time() -> None:
+    model = net()
+    held = []
+    analysis.measure_gradients(
+        model, batches(1), lambda w, g: held.append(sum(p.grad is not None for p in model.parameters())), loss
+    )
+    assert held == [1, 1, 1]
+
+
+def test_the_model_keeps_its_gradients_and_hooks() -> None:
+    model = net()
+    loss(model, batches(2)[1]).backward()
+    before = [p.grad for p in model.parameters()]
+    analysis.measure_gradients(model, batches(1), loss=loss)
+    assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match="broken"):
+        analysis.measure_gradients(model, batches(1), loss=lambda m, b: (_ for _ in ()).throw(RuntimeError("broken")))
+    assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_by_default_ratio_and_overlap_are_measured() -> None:
+    found = analysis.measure_gradients(net(), batches(1), loss=loss)
+    assert all(set(value) == {"ratio", "overlap"} and value["ratio"] >= 0 for value in found.values())
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="no batch"):
+        analysis.measure_gradients(net(), [], loss=loss)
+    model = net()
+    with pytest.raises(ValueError, match="no gradient reached a matrix"):
+        analysis.measure_gradients(model, batches(1), loss=lambda m, b: m[3].bias.sum())
+
+
+def test_roles_come_with_the_tensors_and_frozen_ones_are_left_out() -> None:
+    model = net()
+    model[0].weight.requires_grad_(False)
+    assert {name: role for name, (_, role) in gradients.tensors(model).items()} == {
+        "2.weight": "matrix",
+        "4.weight": "head",
+    }
+
+
+@pytest.mark.parametrize("kind", ["adamw", "nanoadam"])
+def test_the_recorder_measures_at_its_steps_only(kind: str) -> None:
+    model, data = net(), batches(4)
+    seen: list[torch.Tensor] = []
+    recorder = analysis.GradientRecorder(model, steps=(0, 2), measure=lambda w, g: seen.append(g.clone()) or 1.0)
+    groups = nanoadam.param_groups(model)
+    optimizer = torch.optim.AdamW(model.parameters()) if kind == "adamw" else nanoadam.NanoAdam(groups, density=0.5)
+    expected = []
+    for step, batch in enumerate(data):
+        if step in (0, 2):
+            scalar = loss(model, batch)
+            expected += torch.autograd.grad(scalar, [model[4].weight, model[2].weight, model[0].weight])
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+        recorder.advance()
+    recorder.close()
+    loss(model, data[0]).backward()
+    assert [(r["step"], r["name"], r["role"]) for r in recorder.records] == [
+        (step, name, role) for step in (0, 2) for name, role in
+        (("4.weight", "head"), ("2.weight", "matrix"), ("0.weight", "matrix"))
+    ]  # fmt: skip
+    for found, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_of_accumulated_gradients_the_sum_is_measured_once() -> None:
+    model, data = net(), batches(2)
+    recorder = analysis.GradientRecorder(model, steps=(0,), measure=lambda w, g: g.clone())
+    for batch in data:
+        loss(model, batch).backward()
+    recorder.advance()
+    assert len(recorder.records) == 3
+    for record in recorder.records:
+        torch.testing.assert_close(record["value"], model.get_parameter(record["name"]).grad)
+
+
+def test_a_recorder_made_after_the_optimizer_says_so() -> None:
+    model = net()
+    optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), density=0.5)
+    recorder = analysis.GradientRecorder(model, steps=(0,))
+    with pytest.raises(ValueError, match="make the recorder before the optimizer"):
+        loss(model, batches(1)[0]).backward()
+    recorder.close()
+    del optimizer
