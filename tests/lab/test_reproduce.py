@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 EXPERIMENTS = [
     "ablation-criterion", "ablation-static", "commonsense", "forgetting", "forgetting-front", "glue", "gsm8k",
-    "learning-rate", "pathmnist", "pruned", "sensitivity", "toy",
+    "gradient-weight", "learning-rate", "pathmnist", "pruned", "sensitivity", "toy",
 ]  # fmt: skip
 
 
@@ -59,7 +59,9 @@ CASES = [
     (name, scale)
     for name in recipe.names()
     for scale in recipe.scales(name)
-    if scale != "smoke" and recipe.load(name).kind in ("comparison", "sequence", "answers") and name != "pathmnist"
+    if scale != "smoke"
+    and recipe.load(name).kind in ("comparison", "sequence", "answers", "gradients")
+    and name != "pathmnist"
 ]
 
 
@@ -90,7 +92,8 @@ def test_the_papers_figures_are_of_runs_that_there_are(name: str) -> None:
         assert model in chosen.table("models")
         for method, figures in methods.items():
             assert method in chosen.table("variants")
-            assert {key for key in figures if not key.startswith("seed ")} <= also | set(chosen.table("tasks"))
+            named = {key for key in figures if not key.startswith(("seed ", "r, layer ", "moved, "))}
+            assert named <= also | set(chosen.table("tasks"))
 
 
 def test_the_averages_of_table_2_are_those_of_its_tasks() -> None:
@@ -294,3 +297,23 @@ def test_an_average_over_some_tasks_stands_beside_no_figure() -> None:
     assert (some["measure"], some["here"]["mean"], some["paper"]) == ("avg", 80.0, None)
     (whole,) = average(list(recipe.load("glue").table("tasks")))
     assert whole["paper"] == 84.58
+
+
+def test_every_gradient_is_seen_before_the_optimizer_takes_it(folder: Path, tmp_path: Path) -> None:
+    from nanoadam.lab import hyperbola
+
+    seen = {}
+    for name, options in (("adamw", {}), ("nanoadam", {"density": 0.1, "mask_interval": 1})):
+        config = images(folder, "old", optimizer=name, learning_rate=1e-3, **options)
+        seen[name] = hyperbola._record(config, tmp_path / name, [0, 2])
+    for recorder in seen.values():
+        assert {record["step"] for record in recorder.gradients} == {0, 2}
+        assert set(recorder.rates) == {0, 2}
+        assert all(rate > 0 for rate in recorder.rates.values())
+    first = [
+        {record["name"]: record["value"]["ratio"] for record in recorder.gradients if record["step"] == 0}
+        for recorder in seen.values()
+    ]
+    assert first[0] == first[1]  # before the first step nothing of them differs
+    assert seen["adamw"].shift.touched == 1.0
+    assert 0 < seen["nanoadam"].shift.touched < 0.3

@@ -205,12 +205,20 @@ def _toy(recipe: Recipe, setting: Any) -> Found:
     return Found(rows, notes=["every choice that the paper leaves open, figures and verdict: toy/report.html"])
 
 
+def _gradients(recipe: Recipe, setting: Any) -> Found:
+    from nanoadam.lab import hyperbola
+
+    rows, figures = hyperbola.run(recipe, setting)
+    return Found(rows, figures)
+
+
 KINDS: dict[str, Callable[[Recipe, Any], Found]] = {
     "comparison": _comparison,
     "sequence": _sequence,
     "answers": _answers,
     "front": _front,
     "toy": _toy,
+    "gradients": _gradients,
 }
 """What runs a recipe, by its kind."""
 

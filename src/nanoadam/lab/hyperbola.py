@@ -1,0 +1,175 @@
+"""Gradients against weights in the course of runs: figures 1, 2, 5, 6 and 12c, tables 1, 6 and 7.
+
+The measures are those of `nanoadam.analysis`; each run is `finetune`, with a recorder that sees every gradient before
+the optimizer does.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from nanoadam import analysis
+from nanoadam.analysis.gradients import tensors
+from nanoadam.callback import unwrap
+from nanoadam.lab import experiments, finetune, runs
+from nanoadam.lab.config import Config
+from nanoadam.lab.experiments import Row, Setting
+from nanoadam.lab.recipe import Recipe
+
+LEAST = 1000
+"""Tensors with fewer weights are left out: 0.01 % of them is less than a weight."""
+
+
+class Recorder(TrainerCallback):
+    """Ratio and overlap of each matrix at some steps, the effective learning rate there, and the shift by group.
+
+    Args:
+        model: before there is an optimizer.
+        steps: counted from 0.
+        points: of the plane of |weight| and |gradient|, for each of the tensors that are drawn.
+
+    Attributes:
+        gradients: `{"step", "name", "role", "value": {"ratio", "overlap", "points"}}`.
+        rates: effective learning rate by step; none of optimizers without second moments.
+        shift: of all matrices together, when the run has ended.
+    """
+
+    def __init__(self, model: nn.Module, steps: Iterable[int], points: int = 1000) -> None:
+        self.steps, self.rates = frozenset(steps), dict[int, float]()
+        found = {name: p for name, (p, role) in tensors(model).items() if role == "matrix" and p.numel() >= LEAST}
+        names = list(found)
+        drawn = {found[names[i]].data_ptr() for i in {0, len(names) // 2, len(names) - 1}}
+        self._before = {name: p.detach().to("cpu", copy=True) for name, p in found.items()}
+
+        def measure(weight: Tensor, gradient: Tensor) -> dict[str, Any]:
+            value: dict[str, Any] = dict(analysis.relation(weight, gradient))
+            if weight.data_ptr() in drawn:
+                value["points"] = analysis.scatter(weight, gradient, points=points)
+            return value
+
+        self._recorder = analysis.GradientRecorder(model, self.steps, measure)
+        self.shift = analysis.Shift()
+
+    @property
+    def gradients(self) -> list[dict[str, Any]]:
+        """Of the matrices that are large enough."""
+        return [record for record in self._recorder.records if record["name"] in self._before]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer has made a step, and the schedule has not yet moved on."""
+        self._recorder.advance()
+        if state.global_step in self.steps:
+            optimizer = unwrap(kwargs["optimizer"])
+            if any("exp_avg_sq" in own for own in optimizer.state.values()):
+                self.rates[state.global_step] = analysis.effective_learning_rate(optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What has moved where."""
+        self._recorder.close()
+        now = dict(kwargs["model"].named_parameters())
+        for name, before in self._before.items():
+            self.shift += analysis.shift(before, now[name].detach().cpu())
+
+
+def run(recipe: Recipe, setting: Setting) -> tuple[list[Row], list[Figure]]:
+    """Every variant on every model and task, with each seed: rows beside the paper's, and the plane of each."""
+    cases = [
+        (model, task, variant, own, seed)
+        for model, task in experiments.pairs(recipe)
+        for variant, own in experiments.variants(recipe, model, task).items()
+        for seed in recipe.keys["seeds"]
+    ]
+    found: dict[tuple[str, str, str], list[Recorder]] = {}
+    for number, (model, task, variant, own, seed) in enumerate(cases):
+        setting.tell(f"{model}, {task}, {variant}, seed {seed}", number, len(cases))
+        options = {key: value for key, value in own.items() if key != "learning_rates"}
+        keys = {**experiments.keys(recipe, model, task, setting), **options, "save_model": False}
+        config = Config(**{**keys, "learning_rate": own["learning_rates"][0], "seed": seed})
+        recorder = _record(config, setting.out / model / task / f"{variant}-{seed}", recipe.keys["steps"])
+        found.setdefault((model, task, variant), []).append(recorder)
+        for record in recorder.gradients:
+            where = {"model": model, "task": task, "variant": variant, "seed": seed}
+            value = {key: value for key, value in record["value"].items() if key != "points"}
+            runs.append(setting.out / "gradients.jsonl", {**where, **record, "value": value})
+    rows = [row for key, recorders in found.items() for row in _rows(recipe, *key, recorders)]
+    return rows, [_planes(key, recorders[0]) for key, recorders in found.items() if recorders[0].gradients]
+
+
+def _record(config: Config, out: Path, steps: Sequence[int]) -> Recorder:
+    made: list[Recorder] = []
+
+    def watch(model: nn.Module) -> TrainerCallback:
+        made.append(Recorder(model, steps))
+        return made[0]
+
+    finetune.run(config, out, watch=watch)
+    return made[0]
+
+
+def _rows(recipe: Recipe, model: str, task: str, variant: str, recorders: Sequence[Recorder]) -> list[Row]:
+    values: dict[str, list[float]] = {}
+
+    def add(measure: str, numbers: Sequence[float]) -> None:
+        if numbers:
+            values.setdefault(measure, []).append(statistics.mean(numbers))
+
+    for recorder in recorders:
+        for step in sorted({record["step"] for record in recorder.gradients}):
+            now = [record for record in recorder.gradients if record["step"] == step]
+            add(f"r, step {step}", [record["value"]["ratio"] for record in now])
+            add(f"overlap, step {step}", [record["value"]["overlap"] for record in now])
+            if step in recorder.rates:
+                add(f"effective learning rate, step {step}", [recorder.rates[step]])
+        if "layers" in recipe.keys:
+            by_layer = _by_layer(recorder.gradients, recipe.keys["layers"], recipe.keys["early"])
+            for layer, ratios in sorted(by_layer.items()):
+                add(f"r, layer {layer}", ratios)
+        moved = recorder.shift.to_dict()
+        for group in ("smallest", "largest", "rest"):
+            add(f"moved, {group}", [moved[group]])
+        add("touched", [moved["touched"]])
+    return [
+        {
+            "model": model, "task": task, "measure": measure, "variant": variant, "rate": None,
+            "paper": experiments.paper(recipe, model, variant, measure), "here": experiments.spread(numbers),
+            "runs": len(numbers),
+        }
+        for measure, numbers in values.items()
+    ]  # fmt: skip
+
+
+def _by_layer(records: Iterable[Mapping[str, Any]], pattern: str, early: int) -> dict[int, list[float]]:
+    """Ratios of the tensors whose names fit, by layer, at one step."""
+    found: dict[int, list[float]] = {}
+    for record in records:
+        layer, kind = analysis.place(record["name"])
+        if record["step"] == early and layer is not None and re.search(pattern, kind):
+            found.setdefault(layer, []).append(record["value"]["ratio"])
+    return found
+
+
+def _planes(key: tuple[str, str, str], recorder: Recorder) -> Figure:
+    """|gradient| over |weight|, a row for each tensor that is drawn and a column for each step."""
+    drawn = [record for record in recorder.gradients if "points" in record["value"]]
+    names = list(dict.fromkeys(record["name"] for record in drawn))
+    steps = sorted({record["step"] for record in drawn})
+    figure = Figure(figsize=(2.6 * len(steps), 2.3 * len(names) + 0.4), layout="constrained")
+    panels = figure.subplots(len(names), len(steps), squeeze=False)
+    for record in drawn:
+        axes = panels[names.index(record["name"])][steps.index(record["step"])]
+        points = record["value"]["points"]
+        axes.plot(points["weight"], points["gradient"], ".", ms=1.5, alpha=0.6)
+        axes.set_title(f"{record['name'].split('.', 1)[-1][-34:]}\nstep {record['step']}, r = "
+                       f"{record['value']['ratio']:.3g}", fontsize=6)  # fmt: skip
+        axes.tick_params(labelsize=5)
+        axes.ticklabel_format(style="sci", scilimits=(0, 0))
+    figure.suptitle(f"{', '.join(key)}: |gradient| over |weight|", fontsize=9)
+    return figure
