@@ -1,39 +1,49 @@
-"""Work spread over processes: order, dependencies, and processes that die."""
+"""Work over processes: every item has a result, each its GPU and threads, and a death costs one item."""
 
+import multiprocessing
 import os
-import time
-from pathlib import Path
 
 import pytest
 
 from nanoadam.lab import pool
 
 
-def leave(item: tuple[str, str, float]) -> str:
-    """Writes a file after a while, and says which others were there when it began."""
-    folder, name, seconds = item
-    seen = ",".join(sorted(path.name for path in Path(folder).iterdir()))
-    time.sleep(seconds)
-    if name == "dies":
-        os._exit(3)
-    (Path(folder) / name).touch()
-    return seen
+def lost(item: object, why: str) -> str:
+    return f"{item}: {why}"
 
 
-def lost(item: tuple[str, str, float], why: str) -> str:
-    return why
+def test_every_item_has_its_result_and_one_job_is_this_process() -> None:
+    for jobs in (1, 2):
+        found = dict(pool.each(os.path.basename, ["a/b", "c/d", "e/f"], jobs, lost))
+        assert found == {0: "b", 1: "d", 2: "f"}
+    assert {pid for _, pid in pool.each(_own_pid, ["", ""], 1, lost)} == {os.getpid()}
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        list(pool.each(len, ["a"], 0, lost))
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_what_needs_another_begins_after_it(jobs: int, tmp_path: Path) -> None:
-    items = [(str(tmp_path), "slow", 0.3), (str(tmp_path), "needs slow", 0.0), (str(tmp_path), "free", 0.0)]
-    found = dict(pool.each(leave, items, jobs, lost, after=[None, 0, None]))
-    assert sorted(found) == [0, 1, 2]
-    assert "slow" in found[1].split(",")
+def _own_pid(_: str) -> int:
+    return os.getpid()
 
 
-def test_a_process_that_dies_costs_its_item_alone(tmp_path: Path) -> None:
-    items = [(str(tmp_path), name, 0.0) for name in ("dies", "one", "two", "three")]
-    found = dict(pool.each(leave, items, 2, lost, after=[None, 0, None, None]))
-    assert found[0] == "its process ended with code 3"
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "three"}
+def test_gpus_are_taken_in_turn_and_threads_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    assert [pool._gpu(i)["CUDA_VISIBLE_DEVICES"] for i in range(5)] == ["5", "7", "5", "7", "5"]
+    seen = dict(pool.each(os.getenv, ["CUDA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"], 2, lost))
+    assert set(seen.values()) == {"5", "7"}
+    threads = dict(pool.each(os.getenv, ["OMP_NUM_THREADS"] * 2, 2, lost))
+    assert threads[0] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == ("5,7", "64")
+
+
+def test_a_process_that_dies_costs_its_item_only() -> None:
+    found = dict(pool.each(os._exit, [3, 4, 5], 2, lost))
+    assert found == {i: f"{code}: its process ended with code {code}" for i, code in enumerate((3, 4, 5))}
+
+
+def test_no_process_outlives_the_work() -> None:
+    results = pool.each(os.path.basename, ["a/b", "c/d", "e/f"], 2, lost)
+    next(results)
+    assert multiprocessing.active_children()
+    results.close()
+    assert not multiprocessing.active_children()
