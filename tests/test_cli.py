@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 import nanoadam
 from nanoadam import cli, memory
 
-COMMANDS = ["bench", "compare", "demo", "finetune", "memory"]
+COMMANDS = ["analyze", "bench", "compare", "demo", "finetune", "memory", "reproduce"]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
 import inspect
 import json
@@ -195,13 +196,13 @@ def _print_demo(result: Demo, out: Path) -> None:
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
-def _config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every key of a config; it gets those that were given as `keys`."""
+def _config_options(command: Callable[..., None], only: frozenset[str] = frozenset(FIELDS)) -> Callable[..., None]:
+    """Give a command an option for every key of a config, or only some; it gets those that were given as `keys`."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "keys"]
     hints = typing.get_type_hints(Config)
     several_of = {name for name in FIELDS if typing.get_origin(hints[name]) is tuple}
     options = []
-    for field in FIELDS.values():
+    for field in (field for name, field in FIELDS.items() if name in only):
         several = field.name in several_of
         words = field.metadata["help"] + (" Separated by commas." if several else "")
         choices = f" [{'|'.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
@@ -433,6 +434,75 @@ def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     _console().print(table)
+
+
+_ANALYZED = frozenset(
+    name for name, field in FIELDS.items() if field.metadata["section"] in ("model", "data") and name != "metric"
+) | {"batch_size", "seed", "device"}
+
+
+@app.command(
+    epilog="Example: nanoadam analyze runs/first. Or: nanoadam analyze --before base --after finetuned. "
+    "Or: nanoadam analyze --model bert-base-uncased --train train.jsonl --batch-size 32"
+)
+@functools.partial(_config_options, only=_ANALYZED)
+def analyze(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a finetune run: its model against what it started from.", show_default=False),
+    ] = None,
+    before: Annotated[Path | None, typer.Option(help="Folder with safetensors.", show_default=False)] = None,
+    after: Annotated[Path | None, typer.Option(help="Folder with safetensors.", show_default=False)] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out tensors that only one of the two has.")
+    ] = False,
+    batches: Annotated[int, typer.Option(help="Of the data, to take the gradient of.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; must be new or empty.", show_default="runs/analyze-TIME")
+    ] = None,
+    as_json: Json = False,
+    keys: dict[str, Any] | None = None,
+) -> None:
+    """What finetuning moved, or where the gradients of a model fall.
+
+    Takes one of three: a run folder, a pair of checkpoints (--before, --after), or a model and data (--model, --train).
+    """
+    ways = [run is not None, before is not None or after is not None, bool(keys)]
+    if sum(ways) != 1:
+        raise ValueError("give one of three: a run folder, --before with --after, or --model with --train")
+    if ways[1] and (before is None or after is None):
+        raise ValueError(f"--{'after' if after is None else 'before'} is missing: a pair needs both")
+    for module in (*EXTRAS, *LAB_EXTRAS) if ways[2] else ("matplotlib", "numpy"):
+        importlib.import_module(module)
+    from nanoadam.lab import analyze as lab
+    from nanoadam.lab import runs
+
+    folder = out or Path("runs") / f"analyze-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if folder.exists():
+        runs.prepare_folder(folder)
+    with _progress() as bar:
+        task = bar.add_task("reading", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        if keys:
+            from nanoadam.lab import finetune as single
+
+            single.quiet()
+            results = lab.model(Config(**keys), batches, tell)
+        elif run is not None:
+            results = lab.run_folder(run, tell)
+        else:
+            results = lab.pair(Path(str(before)), Path(str(after)), skip_missing, tell)
+    lab.write_folder(results, folder, {**keys, "batches": batches} if keys else None)
+    if as_json:
+        print(json.dumps({"out": str(folder), **results}))
+        return
+    _print_rows(lab.lines(results))
+    for line in lab.foot(results):
+        _console().print(line, soft_wrap=True)
+    _console().print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
 @app.command(epilog="Example: nanoadam bench --shapes bert-base --optimizers adamw,microadam,nanoadam")

@@ -68,6 +68,11 @@ def test_no_more_than_one_tensor_of_each_checkpoint_is_in_memory(
     assert most == 2
 
 
+def test_tensors_come_in_the_order_of_their_layers(tmp_path: Path) -> None:
+    names = list(analysis.Checkpoint(saved(tmp_path / "m", model(12))).shapes)
+    assert names == ["embeddings.weight", *(f"encoder.layer.{i}.dense.weight" for i in range(12))]
+
+
 def test_integers_are_left_out(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", {"ids": torch.arange(3), "w": torch.ones(2, dtype=torch.bfloat16)})
     assert analysis.Checkpoint(folder).shapes == {"w": (2,)}

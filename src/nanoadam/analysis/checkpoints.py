@@ -44,6 +44,7 @@ class Checkpoint:
                             self._files[name], self.shapes[name] = path, tuple(part.get_shape())
             except SafetensorError as error:
                 raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        self.shapes = dict(sorted(self.shapes.items(), key=lambda item: _natural(item[0])))
 
     def _shards(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -73,6 +74,11 @@ class Checkpoint:
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 class Pair(NamedTuple):
