@@ -87,6 +87,7 @@ class Front:
         shift: augmentation, see `vision.batches`.
         label_smoothing: as in torch.
         scheduler: of the learning rate.
+        channels_last: layout of the activations.
         momentum: of BatchNorm's running statistics, see `forgetting.set_momentum`.
         reference: accuracies of task 2 and task 1 from which areas are measured; those of guessing by default.
 
@@ -108,6 +109,7 @@ class Front:
     shift: int = 8
     label_smoothing: float = 0.0
     scheduler: str = "constant"
+    channels_last: bool = True
     momentum: float = 0.1
     reference: tuple[float, float] | None = None
 
@@ -181,7 +183,8 @@ class _Bench:
         read = functools.partial(vision.load, side=front.side, device=device)
         self.task1 = read(Path(front.task1[0]), rows=front.rows), read(Path(front.task1[1]), rows=front.test_rows)
         self.task2 = read(Path(front.task2[0])), read(Path(front.task2[1]))
-        self.scale = vision.read_scale(Path(front.model))
+        scale = vision.read_scale(Path(front.model))
+        self.scale = dataclasses.replace(scale, channels_last=front.channels_last)
         self.device = device
         self.model = AutoModelForImageClassification.from_pretrained(front.model).to(device).train()
         forgetting.set_momentum(self.model, front.momentum)

@@ -40,15 +40,23 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What turns pixels into inputs: (pixel / 255 - mean) / deviation, for each channel."""
+    """What turns pixels into inputs: (pixel / 255 - mean) / deviation, for each channel.
+
+    Args:
+        mean: of each channel.
+        deviation: of each channel.
+        channels_last: in memory; which is faster depends on GPU and network.
+    """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
+    channels_last: bool = True
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """float32 [n, 3, side, side], with channels last in memory, of uint8 [n, side, side, 3]."""
+        """float32 [n, 3, side, side] of uint8 [n, side, side, 3]."""
         mean, deviation = (_levels(values, pixels.device) for values in (self.mean, self.deviation))
-        return ((pixels.float() - mean) / deviation).permute(0, 3, 1, 2)
+        inputs = ((pixels.float() - mean) / deviation).permute(0, 3, 1, 2)
+        return inputs if self.channels_last else inputs.contiguous()
 
 
 @functools.lru_cache
