@@ -151,7 +151,7 @@ def _check_front(recipe: Recipe, setting: Any) -> None:
 
 
 def _front(recipe: Recipe, setting: Any) -> Found:
-    from nanoadam.lab import front, fronts, smoke
+    from nanoadam.lab import front, smoke
 
     data, model = setting.data, setting.model
     if recipe.scale == "smoke":
@@ -163,6 +163,13 @@ def _front(recipe: Recipe, setting: Any) -> Found:
     lines = front.run(
         job, setting.out / "metrics.jsonl", setting.out / "starts", processes=setting.jobs, progress=setting.tell
     )
+    return fronts_of(job, lines)
+
+
+def fronts_of(job: Any, lines: Sequence[Mapping[str, Any]]) -> Found:
+    """Areas and figures from the lines of a front: one figure for each condition, a row for each method under it."""
+    from nanoadam.lab import front, fronts
+
     reference = job.reference or (0.0, 0.0)
     rows, figures = [], []
     for norms in dict.fromkeys(part.norms for part in job.parts):
