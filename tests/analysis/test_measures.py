@@ -28,9 +28,9 @@ def test_the_smallest_are_those_of_a_stable_sort_however_it_is_cut(
     tensor[2] = 0.0  # ties, more than a piece
     tensor[3, :5] = -tensor[4, :5]
     tensor[9, 0] = math.nan
-    smallest = ranks.Smallest(tensor, k)
-    found = torch.cat([smallest(piece) for (piece,) in ranks.pieces(tensor)])
-    assert torch.equal(found, brute(tensor, k))
+    for count, smallest in zip((k, 31), ranks.smallest(tensor, (k, 31)), strict=True):
+        found = torch.cat([smallest(piece) for (piece,) in ranks.pieces(tensor)])
+        assert torch.equal(found, brute(tensor, count))
 
 
 def test_pieces_are_flat_float32_and_cover_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +119,14 @@ def test_touched_counts_bits_and_low_precision_is_compared_by_value() -> None:
     assert analysis.shift(before[2:].bfloat16(), before[2:]).touched == 0.0
     after = torch.tensor([1.0 + 2**-23, math.nan, 0.0, -2.0])
     assert analysis.shift(before, after).touched == 0.5
+
+
+def test_a_change_that_is_not_a_number_stays_in_its_group() -> None:
+    before = torch.arange(1.0, 11.0)
+    after = before.clone()
+    after[0] = math.nan
+    found = analysis.shift(before, after).to_dict()
+    assert math.isnan(found["smallest"]) and (found["largest"], found["rest"]) == (0.0, 0.0)
 
 
 def test_one_weight_is_neither_small_nor_large() -> None:

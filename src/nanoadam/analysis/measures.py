@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from nanoadam.analysis.ranks import Smallest, pieces
+from nanoadam.analysis.ranks import pieces
+from nanoadam.analysis.ranks import smallest as smallest_of
 
 __all__ = ["Shift", "effective_learning_rate", "overlap", "ratio", "relation", "scatter", "shift"]
 
@@ -71,7 +72,7 @@ def ratio(weight: Tensor, gradient: Tensor, *, top: float = 1e-4, bottom: float 
     """
     _check("ratio", weight, gradient)
     n = weight.numel()
-    small, rest = Smallest(gradient, _count(bottom, n)), Smallest(gradient, n - _count(top, n))
+    small, rest = smallest_of(gradient, [_count(bottom, n), n - _count(top, n)])
     largest, of_top = 0.0, []
     for w, g in pieces(weight, gradient):
         w = w.abs()
@@ -101,7 +102,7 @@ def overlap(weight: Tensor, gradient: Tensor, *, top: float = 1e-5, smallest: fl
     _check("overlap", weight, gradient)
     n = weight.numel()
     k = _count(top, n)
-    small, rest = Smallest(weight, _count(smallest, n)), Smallest(gradient, n - k)
+    (small,), (rest,) = smallest_of(weight, [_count(smallest, n)]), smallest_of(gradient, [n - k])
     return sum(int((small(w) & ~rest(g)).sum()) for w, g in pieces(weight, gradient)) / k
 
 
@@ -131,7 +132,7 @@ def scatter(weight: Tensor, gradient: Tensor, *, points: int = 2000) -> dict[str
 
 
 def _largest(flat: Tensor, k: int) -> Tensor:
-    rest, found, start = Smallest(flat, flat.numel() - k), [], 0
+    (rest,), found, start = smallest_of(flat, [flat.numel() - k]), [], 0
     for (piece,) in pieces(flat):
         found.append((~rest(piece)).nonzero().flatten() + start)
         start += piece.numel()
@@ -206,14 +207,14 @@ def shift(before: Tensor, after: Tensor, *, share: float = 0.3) -> Shift:
         raise ValueError(f"share must be above 0 and at most 0.5, got {share}")
     n = before.numel()
     k = min(round(share * n), n // 2)
-    small, all_but_large = Smallest(before, k), Smallest(before, n - k)
+    small, all_but_large = smallest_of(before, [k, n - k])
     total = Shift()
     for old, new in pieces(before, after):
         low, high = small(old), ~all_but_large(old)
-        moved = (new - old).abs()
-        rest = ~(low | high)
-        sums = [float(moved[group].sum(dtype=torch.float64)) for group in (low, high, rest)]
-        counts = [int(group.sum()) for group in (low, high, rest)]
+        moved = (new - old).abs_()
+        groups = (low, high, ~(low | high))
+        sums = [float(torch.where(group, moved, 0.0).sum(dtype=torch.float64)) for group in groups]
+        counts = [int(group.sum()) for group in groups]
         total += Shift(
             (sums[0], sums[1], sums[2]), (counts[0], counts[1], counts[2]),
             int((old.contiguous().view(torch.int32) != new.contiguous().view(torch.int32)).sum()),

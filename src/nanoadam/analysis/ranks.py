@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-PIECE = 2**22
-"""Elements looked at at once."""
+PIECE = 2**19
+"""Elements looked at at once: what is made of them stays in a CPU's cache."""
+
+_HIGH = 15  # bits below the upper 16 of a float32 magnitude, which are all of a bfloat16
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -26,37 +28,58 @@ def bits(values: Tensor) -> Tensor:
 class Smallest:
     """Which elements of a tensor are its k smallest by magnitude; of equal ones the first, NaN last.
 
-    Args:
-        tensor: any shape and float dtype; compared in float32.
-        k: how many, from 0 to all of them.
-
-    Call it with one piece after the other, in the order of `pieces`.
+    Call it with one piece after the other, in the order of `pieces`. Made by `smallest`.
     """
 
-    def __init__(self, tensor: Tensor, k: int) -> None:
-        self._edge, self._room = -1, 0  # magnitudes below the edge are in, and the first `room` of those at it
-        if k > 0:
-            high, before = self._find(tensor, k, shift=15, within=None)
-            low, below = self._find(tensor, k - before, shift=0, within=high)
-            self._edge, self._room = (high << 15) + low, k - before - below
-
-    @staticmethod
-    def _find(tensor: Tensor, k: int, shift: int, within: int | None) -> tuple[int, int]:
-        """The bucket that holds the k-th smallest, and how many elements the buckets before it hold."""
-        counts = torch.zeros(2**16, dtype=torch.int64, device=tensor.device)
-        for (values,) in pieces(tensor):
-            found = bits(values)
-            if within is not None:
-                found = found[found >> 15 == within] & 0x7FFF
-            counts += torch.bincount(found >> shift, minlength=2**16)
-        up_to = counts.cumsum(0)
-        bucket = int((up_to < k).sum())
-        return bucket, int(up_to[bucket] - counts[bucket])
+    def __init__(self, edge: int, room: int) -> None:
+        self._edge, self._room = edge, room  # below the edge all are in, and the first `room` of those at it
 
     def __call__(self, piece: Tensor) -> Tensor:
         """Bool, in the shape of the next piece (flat, float32)."""
         found = bits(piece)
-        level = found == self._edge
-        chosen = (found < self._edge) | (level & (level.cumsum(0) <= self._room))
-        self._room -= int((level & chosen).sum())
+        chosen = found < self._edge
+        if self._room > 0:
+            level = found == self._edge
+            count = int(level.sum())
+            if count > self._room:
+                level &= level.cumsum(0) <= self._room
+            self._room -= min(count, self._room)
+            chosen |= level
         return chosen
+
+
+def smallest(tensor: Tensor, counts: Sequence[int]) -> list[Smallest]:
+    """For each k of `counts` the k smallest elements, k from 0 to all of them.
+
+    Args:
+        tensor: any shape and float dtype; compared in float32.
+        counts: how many, once or several times: they share the first pass over the tensor.
+    """
+    high = _histogram(tensor, None)
+    found = []
+    for k in counts:
+        if k == 0:
+            found.append(Smallest(-1, 0))
+            continue
+        bucket, before = _bucket(high, k)
+        low, below = _bucket(_histogram(tensor, bucket), k - before)
+        found.append(Smallest((bucket << _HIGH) + low, k - before - below))
+    return found
+
+
+def _histogram(tensor: Tensor, within: int | None) -> Tensor:
+    """How many magnitudes have which upper bits; or, of those with the upper bits `within`, which lower ones."""
+    size = 2**16 if within is None else 2**_HIGH
+    counts = torch.zeros(size, dtype=torch.int64, device=tensor.device)
+    for (values,) in pieces(tensor):
+        found = bits(values)
+        found = found >> _HIGH if within is None else found[found >> _HIGH == within] & (size - 1)
+        counts += torch.bincount(found, minlength=size)
+    return counts
+
+
+def _bucket(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bucket that holds the k-th smallest, and how many elements the buckets before it hold."""
+    up_to = counts.cumsum(0)
+    bucket = int((up_to < k).sum())
+    return bucket, int(up_to[bucket] - counts[bucket])
