@@ -59,9 +59,9 @@ def test_the_model_keeps_its_gradients_and_hooks() -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def test_by_default_ratio_and_overlap_are_measured() -> None:
+def test_by_default_ratios_and_overlap_are_measured() -> None:
     found = analysis.measure_gradients(net(), batches(1), loss=loss)
-    assert all(set(value) == {"ratio", "overlap"} and value["ratio"] >= 0 for value in found.values())
+    assert all(set(value) == {"ratio", "independent", "overlap"} and value["ratio"] >= 0 for value in found.values())
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

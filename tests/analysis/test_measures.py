@@ -74,7 +74,20 @@ def test_overlap_by_hand() -> None:
     assert analysis.overlap(WEIGHT, GRADIENT, top=0.4, smallest=0.2) == 0.5
     assert analysis.overlap(WEIGHT, GRADIENT, top=0.3, smallest=0.3) == 1.0
     assert analysis.overlap(WEIGHT, WEIGHT, top=0.3, smallest=0.3) == 0.0
-    assert analysis.relation(WEIGHT, GRADIENT) == {"ratio": pytest.approx(0.1), "overlap": 1.0}
+    assert analysis.relation(WEIGHT, GRADIENT) == {
+        "ratio": pytest.approx(0.1), "independent": pytest.approx(0.5), "overlap": 1.0,
+    }  # fmt: skip
+
+
+def test_the_ratio_of_independent_gradients_is_near_its_estimate_even_with_outliers() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(100, 1000)
+    weight.flatten()[:50] *= 30
+    estimate = analysis.independent_ratio(weight)
+    assert estimate < 0.02  # five outliers in ten thousand, and r says "hyperbolic" of anything
+    assert analysis.ratio(weight, torch.randn(100, 1000)) == pytest.approx(estimate, rel=0.5)
+    assert analysis.ratio(weight, 1 / weight) < 0.1 * estimate
+    assert math.isnan(analysis.independent_ratio(torch.zeros(3)))
 
 
 @pytest.mark.parametrize("measure", [analysis.ratio, analysis.overlap, analysis.scatter, analysis.relation])

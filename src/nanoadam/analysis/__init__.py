@@ -9,6 +9,7 @@ from nanoadam.analysis.gradients import GradientRecorder, measure_gradients
 from nanoadam.analysis.measures import (
     Shift,
     effective_learning_rate,
+    independent_ratio,
     overlap,
     ratio,
     relation,
@@ -24,6 +25,7 @@ __all__ = [
     "changes",
     "effective_learning_rate",
     "heatmap",
+    "independent_ratio",
     "measure_gradients",
     "overlap",
     "place",

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from nanoadam.analysis.ranks import pieces
 from nanoadam.analysis.ranks import smallest as smallest_of
 
-__all__ = ["Shift", "effective_learning_rate", "overlap", "ratio", "relation", "scatter", "shift"]
+__all__ = ["Shift", "effective_learning_rate", "independent_ratio", "overlap", "ratio", "relation", "scatter", "shift"]
 
 
 def _count(share: float, numel: int) -> int:
@@ -31,7 +31,7 @@ def relation(
     weight: Tensor, gradient: Tensor, *, top: float = 1e-4, bottom: float = 0.8, overlap_top: float = 1e-5,
     smallest: float = 0.1,
 ) -> dict[str, float]:  # fmt: skip
-    """How large gradients and small weights go together in one tensor: `ratio` and `overlap` at once.
+    """How large gradients and small weights go together in one tensor: ratio, independent ratio and overlap at once.
 
     Args:
         weight: any shape and float dtype.
@@ -42,13 +42,14 @@ def relation(
         smallest: share with the smallest weights, for the overlap.
 
     Returns:
-        `{"ratio": ..., "overlap": ...}`.
+        `{"ratio": ..., "independent": ..., "overlap": ...}`.
 
     Raises:
         ValueError: if the shapes differ, or there are no elements.
     """
     return {
         "ratio": ratio(weight, gradient, top=top, bottom=bottom),
+        "independent": independent_ratio(weight),
         "overlap": overlap(weight, gradient, top=overlap_top, smallest=smallest),
     }
 
@@ -82,6 +83,26 @@ def ratio(weight: Tensor, gradient: Tensor, *, top: float = 1e-4, bottom: float 
     ordered = torch.cat(of_top).sort().values
     median = float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     return median / largest if largest > 0 else math.nan
+
+
+def independent_ratio(weight: Tensor) -> float:
+    """What `ratio` is about where gradients do not depend on the weights: median |w| over the largest |w|.
+
+    The ratio has a maximum below the line, so a few large weights make it small whatever the gradients do: 0.16 for a
+    million normal weights, far less for pretrained ones with outliers. Only a ratio below this one tells of gradients.
+
+    Args:
+        weight: any shape and float dtype.
+
+    Returns:
+        From 0 to 1; of an even number the lower median is taken; not a number if all weights are zero.
+
+    Raises:
+        ValueError: if there are no elements.
+    """
+    _check("independent_ratio", weight, weight)
+    half, all_of_it = smallest_of(weight, [(weight.numel() + 1) // 2, weight.numel()])
+    return half.largest / all_of_it.largest if all_of_it.largest > 0 else math.nan
 
 
 def overlap(weight: Tensor, gradient: Tensor, *, top: float = 1e-5, smallest: float = 0.1) -> float:

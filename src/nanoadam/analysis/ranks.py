@@ -34,6 +34,11 @@ class Smallest:
     def __init__(self, edge: int, room: int) -> None:
         self._edge, self._room = edge, room  # below the edge all are in, and the first `room` of those at it
 
+    @property
+    def largest(self) -> float:
+        """The magnitude of the largest of them; 0 of none."""
+        return float(torch.tensor(max(self._edge, 0), dtype=torch.int32).view(torch.float32))
+
     def __call__(self, piece: Tensor) -> Tensor:
         """Bool, in the shape of the next piece (flat, float32)."""
         found = bits(piece)

@@ -119,8 +119,8 @@ def model(config: Config, batches: int = 1, progress: Progress | None = None) ->
         progress: told what is being done.
 
     Returns:
-        `{"kind": "model", "model", "batches", "batch_size", "tensors": [{"name", "role", "numel", "ratio", "overlap"}],
-        "heatmap" (of the ratio), "scatter": {name: {"weight", "gradient"}}}`.
+        `{"kind": "model", "model", "data", "batches", "batch_size", "tensors": [{"name", "role", "numel", "ratio",
+        "independent", "overlap"}], "heatmap" (of the ratio), "scatter": {name: {"weight", "gradient"}}}`.
 
     Raises:
         ValueError: for whatever a config can get wrong, or if `batches` is not at least 1.
@@ -152,7 +152,7 @@ def model(config: Config, batches: int = 1, progress: Progress | None = None) ->
 
     def measure(weight: torch.Tensor, gradient: torch.Tensor) -> dict[str, Any]:
         value: dict[str, Any] = dict(analysis.relation(weight, gradient))
-        value["ratio"] = None if math.isnan(value["ratio"]) else value["ratio"]
+        value = {key: None if math.isnan(number) else number for key, number in value.items()}
         if weight.data_ptr() in drawn:
             value["points"] = analysis.scatter(weight, gradient, points=1500)
         return value
@@ -213,7 +213,7 @@ def _pair_lines(results: Results) -> list[tuple[str, ...]]:
 
 def _model_lines(results: Results) -> list[tuple[str, ...]]:
     """By what a tensor is, over the layers that have it."""
-    head = ("", "tensors", "r: median", "least", "most", "overlap: mean")
+    head = ("", "tensors", "r: median", "least", "most", "if independent", "overlap: mean")
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in results["tensors"]:
         _, kind = analysis.place(row["name"])
@@ -221,8 +221,9 @@ def _model_lines(results: Results) -> list[tuple[str, ...]]:
     kinds["all but heads"] = [row for row in results["tensors"] if row["role"] != "head"]
     rows: list[tuple[str, ...]] = [head]
     for kind, found in kinds.items():
-        ratios = [row["ratio"] for row in found if row["ratio"] is not None]
+        ratios, free = ([row[key] for row in found if row[key] is not None] for key in ("ratio", "independent"))
         numbers = [f"{f(ratios):.3g}" if ratios else "-" for f in (statistics.median, min, max)]
+        numbers.append(f"{statistics.median(free):.3g}" if free else "-")
         overlaps = [row["overlap"] for row in found]
         rows.append((kind, str(len(found)), *numbers, f"{100 * statistics.mean(overlaps):.1f} %" if overlaps else "-"))
     return rows
@@ -233,7 +234,9 @@ def foot(results: Results) -> list[str]:
     if results["kind"] == "model":
         return [
             "r: median |weight| of the 0.01 % largest gradients over the largest |weight| of the 80 % smallest ones; "
-            "smaller is more hyperbolic. Overlap: share of the 0.001 % largest gradients on the 10 % smallest weights.",
+            "smaller is more hyperbolic.",
+            "If independent: r if gradients did not depend on the weights, about: median over largest |weight|.",
+            "Overlap: share of the 0.001 % largest gradients on the 10 % smallest weights; 10 % if independent.",
             f"Gradient of the mean loss over {results['batches']} x {results['batch_size']} rows, in training mode.",
         ]
     said = ["Mean |change| by group of |weight| before; groups are made in each tensor."]
