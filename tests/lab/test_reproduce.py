@@ -236,6 +236,11 @@ def test_nothing_is_forgotten_where_nothing_moves(folder: Path, tmp_path: Path) 
     assert moving["moved"]["l2"] > 0
 
 
+def test_the_momentum_of_batchnorm_can_be_set(folder: Path) -> None:
+    model = finetune.prepare(images(folder, "old", norm_momentum=0.25)).task.model
+    assert {module.momentum for module in forgetting.norm_modules(model)} == {0.25}
+
+
 def test_a_new_task_gets_a_new_head_even_of_the_same_size(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

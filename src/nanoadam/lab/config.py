@@ -100,6 +100,10 @@ class Config:
     )  # fmt: skip
 
     freeze_norms: bool = _key(False, "Keep BatchNorm as it is: statistics, scale and shift.", "training")
+    norm_momentum: float | None = _key(
+        None, "Of BatchNorm: what the newest batch weighs in its statistics; by default the model's own.", "training",
+        low=0.0,
+    )  # fmt: skip
     epochs: float = _key(3.0, "Passes over the training data.", "training", low=0.0)
     max_steps: int | None = _key(None, "Stop after so many steps, whatever the epochs.", "training", low=1)
     batch_size: int = _key(16, "Rows per backward pass.", "training", low=1)

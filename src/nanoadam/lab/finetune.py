@@ -78,6 +78,8 @@ def prepare(config: Config) -> Job:
     train, validation = data.remembered(("rows", data.key(config)), lambda: data.load(config))
     set_seed(config.seed)
     task = tasks.make(config, train, validation)
+    if config.norm_momentum is not None:
+        forgetting.set_momentum(task.model, config.norm_momentum)
     if config.freeze_norms:
         forgetting.freeze_norms(task.model)
     per_epoch = max(1, math.ceil(math.ceil(len(task.train) / config.batch_size) / config.accumulate))

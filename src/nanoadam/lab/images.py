@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image, UnidentifiedImageError
 from transformers import EvalPrediction
 
-from nanoadam.lab import data, models, tasks
+from nanoadam.lab import data, models, tasks, vision
 from nanoadam.lab.config import Config
 from nanoadam.lab.data import Split
 
@@ -36,26 +36,12 @@ def read_folder(folder: Path) -> tuple[Dataset, str]:
 
 
 def read_npz(path: Path) -> Dataset:
-    """Rows from arrays `images` (uint8 [n, height, width] or [n, height, width, 3]) and `labels` ([n]).
+    """Rows from the arrays of an npz file.
 
     Raises:
-        ValueError: if the file holds anything else; pickled objects are never loaded.
+        ValueError: as `vision.read_arrays`.
     """
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an npz file of arrays: {error}") from error
-    if not {"images", "labels"} <= found.keys():
-        raise ValueError(f"{path} must hold the arrays images and labels, and holds {', '.join(found) or 'none'}")
-    images, labels = found["images"], found["labels"]
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise ValueError(
-            f"{path} must hold uint8 images [n, height, width(, 3)] and as many labels, and holds {images.dtype} "
-            f"{list(images.shape)} and {len(labels)}"
-        )
+    images, labels = vision.read_arrays(path)
     return Dataset.from_dict({"image": [_png(image) for image in images], "label": labels.tolist()})
 
 
