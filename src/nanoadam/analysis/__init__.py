@@ -4,7 +4,7 @@ Everything goes over one tensor at a time, and over a tensor in pieces: a pair o
 than the two largest tensors of it. Needs torch and safetensors only.
 """
 
-from nanoadam.analysis.checkpoints import Checkpoint, Pair, changes, heatmap, place
+from nanoadam.analysis.checkpoints import Checkpoint, Pair, changes, heatmap, match, place
 from nanoadam.analysis.gradients import GradientRecorder, measure_gradients
 from nanoadam.analysis.measures import (
     Shift,
@@ -26,6 +26,7 @@ __all__ = [
     "effective_learning_rate",
     "heatmap",
     "independent_ratio",
+    "match",
     "measure_gradients",
     "overlap",
     "place",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanoadam.analysis.measures import Shift, shift
 
-__all__ = ["Checkpoint", "Pair", "changes", "heatmap", "place"]
+__all__ = ["Checkpoint", "Pair", "changes", "heatmap", "match", "place"]
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}

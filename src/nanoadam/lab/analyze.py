@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nanoadam import analysis
-from nanoadam.analysis import checkpoints, gradients
+from nanoadam.analysis import gradients
 from nanoadam.lab import config as configs
 from nanoadam.lab import report, runs
 from nanoadam.lab.config import Config
@@ -42,7 +42,7 @@ def pair(before: Path, after: Path, skip_missing: bool = False, progress: Progre
     """
     tell = progress or (lambda what, done, total: None)
     old, new = analysis.Checkpoint(before), analysis.Checkpoint(after)
-    matched = checkpoints.match(old.shapes, new.shapes)
+    matched = analysis.match(old.shapes, new.shapes)
     for missing, has, lacks in ((matched.only_before, before, after), (matched.only_after, after, before)):
         if missing and not skip_missing:
             more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
