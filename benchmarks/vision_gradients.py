@@ -67,7 +67,7 @@ def one(arguments, train, test, scale, scratch: bool, seed: int) -> dict:
         "accuracy": vision.accuracy(model, test, scale),
     }
     steps = sorted({record["step"] for record in records})
-    for key in ("ratio", "overlap"):
+    for key in ("ratio", "independent", "overlap"):
         found[key] = {s: statistics.mean(r["value"][key] for r in records if r["step"] == s) for s in steps}
     found["tensors"] = {s: {r["name"]: r["value"]["ratio"] for r in records if r["step"] == s} for s in steps}
     found["points"] = {r["step"]: {"name": drawn, **r["value"]["points"]} for r in records if r["name"] == drawn}
@@ -95,7 +95,7 @@ def main() -> None:
         for scratch in (False, True):
             row = one(arguments, train, test, scale, scratch, seed)
             table.append(row)
-            cells = [f"{key}[{s}] {v:.3f}" for key in ("ratio", "overlap") for s, v in row[key].items()]
+            cells = [f"{key}[{s}] {v:.3f}" for key in ("ratio", "independent", "overlap") for s, v in row[key].items()]
             print(row["from"], seed, f"accuracy {row['accuracy']:.3f}", *cells, flush=True)
             settings = {key: str(value) for key, value in vars(arguments).items()}
             result = {**runs.environment(device=str(device)), "settings": settings, "runs": table}

@@ -37,7 +37,7 @@ class Recorder(TrainerCallback):
         points: of the plane of |weight| and |gradient|, for each of the tensors that are drawn.
 
     Attributes:
-        gradients: `{"step", "name", "role", "value": {"ratio", "overlap", "points"}}`.
+        gradients: `{"step", "name", "role", "value": {"ratio", "independent", "overlap", "points"}}`.
         rates: effective learning rate by step; none of optimizers without second moments.
         shift: of all matrices together, when the run has ended.
     """
@@ -124,8 +124,8 @@ def _rows(recipe: Recipe, model: str, task: str, variant: str, recorders: Sequen
     for recorder in recorders:
         for step in sorted({record["step"] for record in recorder.gradients}):
             now = [record for record in recorder.gradients if record["step"] == step]
-            add(f"r, step {step}", [record["value"]["ratio"] for record in now])
-            add(f"overlap, step {step}", [record["value"]["overlap"] for record in now])
+            for measure, key in (("r", "ratio"), ("r if independent", "independent"), ("overlap", "overlap")):
+                add(f"{measure}, step {step}", [record["value"][key] for record in now])
             if step in recorder.rates:
                 add(f"effective learning rate, step {step}", [recorder.rates[step]])
         if "layers" in recipe.keys:
