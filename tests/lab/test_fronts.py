@@ -33,6 +33,13 @@ def test_area_of_a_staircase(points: list[tuple[float, float]], expected: float)
     assert fronts.area(moved, (10.0, -5.0)) == pytest.approx(expected)
 
 
+def test_what_is_left_at_a_level_is_the_best_of_what_reaches_it() -> None:
+    points = [(0.8, 0.9), (0.9, 0.5), (0.95, 0.6), (0.99, 0.1)]
+    assert fronts.at_least(points, 0.9) == 0.6
+    assert fronts.at_least(points, 0.96) == 0.1
+    assert fronts.at_least(points, 1.0) is None
+
+
 def test_one_row_for_each_method_with_means_and_areas() -> None:
     runs = [
         {"m": "a", "lr": 1, "seed": 0, "new": 0.2, "old": 0.8},

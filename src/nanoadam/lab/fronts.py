@@ -45,6 +45,12 @@ def area(points: Iterable[Point], reference: Point) -> float:
     return total
 
 
+def at_least(points: Iterable[Point], level: float) -> float | None:
+    """The most of the second coordinate that goes with at least `level` of the first; None if nothing reaches it."""
+    reached = [y for x, y in pareto(points) if x >= level]
+    return max(reached, default=None)
+
+
 def table(
     runs: Sequence[Mapping[str, Any]],
     axes: tuple[str, str],
