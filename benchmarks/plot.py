@@ -30,7 +30,7 @@ def title(settings: dict[str, Any], machine: dict[str, Any]) -> str:
 def size(row: dict[str, Any], kind: str) -> float:
     if kind == "rest at peak" and row["peak_bytes"]["after"]:  # a CPU has no peak, and so no rest
         return float(row["peak_bytes"]["after"] - sum(row["bytes"][other] for other in KINDS if other != kind))
-    return float(row["bytes"][kind] or 0)
+    return float(row["bytes"].get(kind) or 0)
 
 
 def draw(files: list[dict[str, Any]]) -> Figure:
