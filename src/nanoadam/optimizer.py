@@ -466,6 +466,9 @@ class NanoAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, bit for bit; nothing changes if it does not fit. Held gradients are dropped.
 
+        Tensors are copied, except those that are this optimizer's own: accelerate's wrapper loads an optimizer's state
+        into itself, and a copy of it beside the original would be the peak of the whole run.
+
         Raises:
             ValueError: if the state was not saved by NanoAdam for parameters of these shapes.
         """
@@ -475,21 +478,28 @@ class NanoAdam(Optimizer):
             if isinstance(group["density"], Mapping):
                 group["density"] = Schedule(**group["density"])
         self.zero_grad()
-        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        # torch has cast every tensor to its parameter's dtype, indices too. Take the saved ones instead.
+        own = {id(value) for state in self.state.values() for value in state.values()}
+        # torch gets the groups only: it would cast every tensor to its parameter's dtype, indices too.
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self._forget()  # what was there before is freed as it is replaced
         keys = [key for group in groups for key in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(keys, parameters, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 on_host = name == "step" and not self.param_groups[self._group_of[parameter]]["capturable"]
                 home = torch.device("cpu") if on_host else parameter.device
-                self.state[parameter][name] = value.detach().to(home, copy=True)
-        self._rebuild()
+                kept = id(value) in own and value.device == home
+                self.state[parameter][name] = value if kept else value.detach().to(home, copy=True)
+        self._make_slots()
+
+    def _forget(self) -> None:
+        """Let go of all that is derived from parameters, groups and state, and of what it holds alive."""
+        self._release.detach()
+        self._slots, self._members, self._window = {}, [], []
 
     def _rebuild(self) -> None:
         """Derive everything from parameters, groups and state anew."""
-        self._release.detach()
-        self._slots, self._window = {}, []
+        self._forget()
         self._make_slots()
 
     @torch.no_grad()
