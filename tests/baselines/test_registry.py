@@ -3,13 +3,14 @@
 import importlib.util
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from nanoadam import baselines, param_groups
-from nanoadam.baselines import BASELINES
+from nanoadam.baselines import BASELINES, builders
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -291,6 +292,20 @@ def test_what_is_asked_wrongly_gets_a_sentence():
         baselines.make("lora", Tiny(), 1e-3)
     with pytest.raises(ValueError, match="CUDA"):
         baselines.make("flashadamw", Tiny(), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "bits"),
+    [(("float32",), None), (("bfloat16",), 24), (("bfloat16", "float32"), 24)],  # as flashoptim 0.1.4 takes them
+)
+def test_flashadamw_asks_for_master_bits_where_weights_lack_some(monkeypatch, dtypes, bits):
+    asked = {}
+    library = SimpleNamespace(FlashAdamW=lambda groups, **options: asked.update(options))
+    monkeypatch.setitem(sys.modules, "flashoptim", library)
+    on_gpu = torch.device("cuda")
+    groups = [{"params": [SimpleNamespace(device=on_gpu, dtype=getattr(torch, name))]} for name in dtypes]
+    builders.flashadamw(builders.Common(groups, None, 1e-3, (0.9, 0.999), 1e-8, 0.0))
+    assert asked["master_weight_bits"] == bits
 
 
 def test_limits_are_said():

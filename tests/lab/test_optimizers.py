@@ -114,6 +114,14 @@ def test_limits_stand_under_the_table_and_in_the_manifest(
     assert "adafactor: keeps all dense gradients until step()" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_an_optimizer_is_tried_on_weights_of_the_dtype_that_it_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []  # flashadamw takes other options for float32 than for bfloat16
+    monkeypatch.setattr(optimizers, "adapt", lambda layer, _: tried.append(next(layer.parameters()).dtype) or layer)
+    for dtype in (torch.bfloat16, torch.float32):
+        optimizers.check(Config(model="-", train="-", optimizer="sgd", dtype=str(dtype).removeprefix("torch.")))
+    assert tried == [torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -196,11 +196,16 @@ def lora(common: Common, *, trainer: str = "adamw", **options: Any) -> Optimizer
 
 
 def flashadamw(common: Common, *, master_weight_bits: int | None = 24, release: bool = False) -> Optimizer:
-    """Flashoptim's AdamW; with `release` it steps during the backward pass, and step() does nothing."""
+    """Flashoptim's AdamW; with `release` it steps during the backward pass, and step() does nothing.
+
+    master_weight_bits: of weights, their own 16 included; in float32 they have 32. None: no more than they have.
+    """
     devices = {parameter.device.type for parameter in common.parameters}
     if devices != {"cuda"}:
         raise ValueError(f"flashadamw trains on CUDA devices only, and there are parameters on {', '.join(devices)}")
     library = _library("flashadamw", "flashoptim", "flashoptim")
+    if all(parameter.dtype == torch.float32 for parameter in common.parameters):
+        master_weight_bits = None  # flashoptim refuses to be asked for bits where no weight lacks any
     optimizer = library.FlashAdamW(common.groups, **common.adam, master_weight_bits=master_weight_bits)
     if release:
         if common.model is None:

@@ -78,7 +78,8 @@ def check(config: Config) -> None:
             adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
         return  # nanoadam.for_trainer checks with the model itself
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    layer = nn.Sequential(nn.Linear(4, 4, device=device), nn.Linear(4, 4, device=device))
+    where: Any = {"device": device, "dtype": getattr(torch, config.dtype)}
+    layer = nn.Sequential(nn.Linear(4, 4, **where), nn.Linear(4, 4, **where))
     factory, arguments = _for_trainer(config)
     try:
         factory()(adapt(layer, config), **arguments)
