@@ -268,6 +268,7 @@ FORMATS = [
     {"train": "cola.tsv", "columns": ("from", "label", "star", "sentence"), "text_column": "sentence"},
     {"train": "train.jsonl", "init_from_config": True, "dtype": "bfloat16"},
     {"train": "train.jsonl", "optimizer": "adamw", "autocast": "bf16", "max_grad_norm": 1.0, "warmup": 0.5},
+    {"train": "train.jsonl", "optimizer": "adamw", "autocast": "bf16", "device": "auto"},
     {"train": "train.jsonl", "optimizer": "sgd", "checkpoint_activations": True},
     {"train": "train.jsonl", "max_grad_norm": 0.1, "train_rows": 16, "truncate": True, "max_length": 4},
 ]

@@ -273,7 +273,8 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         save_strategy="steps" if config.save_model else "no",
         save_steps=config.save_every or plan.steps_per_epoch,
         seed=config.seed,
-        use_cpu=config.device == "cpu",
+        # Said also where there is nothing else: transformers refuses bf16 on a CPU that it found by itself.
+        use_cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
