@@ -126,7 +126,8 @@ def step(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # at least the entries of a block
     ROWS: tl.constexpr,  # at least the rows of the window; ROWS * LANES fits 15 bits
-    DENSE: tl.constexpr,  # whether every weight moves: by weight decay, or because nearly all are in the window
+    SMALL: tl.constexpr,  # whether the window of a block fits a program's registers
+    DENSE: tl.constexpr,  # whether every weight moves: by weight decay, or because many are in the window
     WIDE: tl.constexpr,  # positions beyond 31 bits
     INTERPRETED: tl.constexpr,
 ):
@@ -201,22 +202,38 @@ def step(
         tl.store(lows, _to_bf16(low, 0), mask=started)
         tl.store(highs, _to_bf16(high, 0), mask=started)
 
-        # Moments from the window. No position twice in a row, so threads meet only between rows; the next row is
-        # on its way meanwhile.
+        # Moments from the window. No position twice in a row, so threads meet only between rows.
         used = lane < keep
         tl.debug_barrier()
-        next_where = tl.load(index + lane, mask=used, other=0)
-        next_held = tl.load(value + lane, mask=used, other=0)
-        for i in range(filled):
-            where, held = next_where.to(tl.int32), next_held.to(tl.float32)
-            more = used & (i + 1 < filled)
-            next_where = tl.load(index + kept * (i + 1) + lane, mask=more, other=0)
-            next_held = tl.load(value + kept * (i + 1) + lane, mask=more, other=0)
-            first = tl.load(first_moment + where, mask=used, other=0) + held * tl.load(factors + 2 * i)
-            second = tl.load(second_moment + where, mask=used, other=0) + held * held * tl.load(factors + 2 * i + 1)
-            tl.store(first_moment + where, first, mask=used)
-            tl.store(second_moment + where, second, mask=used)
-            tl.debug_barrier()
+        if SMALL:
+            # All rows are read at once, so that memory is waited for once; then each takes its turn.
+            in_window = (rows[:, None] < filled) & used[None, :]
+            entries = kept * rows[:, None] + lane[None, :]
+            where = tl.load(index + entries, mask=in_window, other=0).to(tl.int32)
+            held = tl.load(value + entries, mask=in_window, other=0).to(tl.float32)
+            first_part = held * tl.load(factors + 2 * rows, mask=rows < filled, other=0)[:, None]
+            second_part = held * held * tl.load(factors + 2 * rows + 1, mask=rows < filled, other=0)[:, None]
+            for i in range(filled):
+                turn = in_window & (rows[:, None] == i)
+                first = tl.load(first_moment + where, mask=turn, other=0) + first_part
+                second = tl.load(second_moment + where, mask=turn, other=0) + second_part
+                tl.store(first_moment + where, first, mask=turn)
+                tl.store(second_moment + where, second, mask=turn)
+                tl.debug_barrier()
+        else:
+            next_where = tl.load(index + lane, mask=used, other=0)
+            next_held = tl.load(value + lane, mask=used, other=0)
+            for i in range(filled):
+                where, held = next_where.to(tl.int32), next_held.to(tl.float32)
+                more = used & (i + 1 < filled)
+                next_where = tl.load(index + kept * (i + 1) + lane, mask=more, other=0)
+                next_held = tl.load(value + kept * (i + 1) + lane, mask=more, other=0)
+                first = tl.load(first_moment + where, mask=used, other=0) + held * tl.load(factors + 2 * i)
+                square = held * held * tl.load(factors + 2 * i + 1)
+                second = tl.load(second_moment + where, mask=used, other=0) + square
+                tl.store(first_moment + where, first, mask=used)
+                tl.store(second_moment + where, second, mask=used)
+                tl.debug_barrier()
 
         # Without weight decay only weights in the window move. A weight may be there in several rows: all of them
         # sign for it, and the one whose signature stays makes the step, the same whoever it is.
@@ -243,8 +260,6 @@ def step(
             )
         else:
             signature = rows[:, None] * LANES + lane[None, :]
-            in_window = (rows[:, None] < filled) & used[None, :]
-            where = tl.load(index + kept * rows[:, None] + lane[None, :], mask=in_window, other=0).to(tl.int32)
             tl.store(owner + where, signature.to(tl.int16), mask=in_window)
             tl.debug_barrier()
             in_window = in_window & (tl.load(owner + where, mask=in_window, other=-1).to(tl.int32) == signature)

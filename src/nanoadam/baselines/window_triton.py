@@ -66,6 +66,7 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
         registers = {"maxnreg": 128} if device.type == "cuda" and torch.version.cuda else {}  # two programs a core
         rows_of_window = triton.next_power_of_2(step.window)
         lanes = triton.next_power_of_2(max(max(job.blocks.keep, job.blocks.keep_tail) for job in members))
+        small = rows_of_window * lanes <= size // 4
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernels.step[(programs,)](
                 torch.tensor(rows, dtype=torch.int64).to(device),
@@ -89,8 +90,8 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
                 BLOCK=size,
                 LANES=lanes,
                 ROWS=rows_of_window,
-                # Beyond a quarter of the block, weights are moved in the order they lie in.
-                DENSE=step.weight_decay != 0 or rows_of_window * lanes > size // 4,
+                SMALL=small,
+                DENSE=step.weight_decay != 0 or not small,
                 WIDE=wide,
                 INTERPRETED=_INTERPRETED,
                 num_warps=max(1, min(16, size // 512)),
