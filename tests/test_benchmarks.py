@@ -162,3 +162,24 @@ def test_help_has_an_example(program):
     done = run(program, "--help")
     assert done.returncode == 0
     assert f"example: python benchmarks/{program}.py" in " ".join(done.stdout.split())
+
+
+def test_fronts_of_comparisons(tmp_path):
+    pytest.importorskip("matplotlib")
+    retained = lambda left: {"old: recall@1": {"before": 1.0, "after": left, "forgetting": 1 - left}}  # noqa: E731
+    lines = [
+        {"variant": name, "optimizer": name, "learning_rate": rate, "seed": seed, "metric": metric + 0.01 * seed,
+         "l2_moved": 1.0, "touched": 0.5, "retained": retained(left)}
+        for name, rate, metric, left in (("a", 1e-3, 0.4, 0.5), ("a", 1e-2, 0.2, 0.9), ("b", 1e-3, 0.3, 0.4))
+        for seed in (0, 1)
+    ]  # fmt: skip
+    lines.append({**lines[0], "learning_rate": 1.0, "metric": None, "stopped": "the loss is nan"})
+    file, picture = tmp_path / "metrics.jsonl", tmp_path / "fronts.svg"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("compare_fronts", str(file), "--left", "old: recall@1", "--level", "0.35", "--svg", str(picture))
+    assert done.returncode == 0, done.stderr
+    a = next(line.split() for line in done.stdout.split("\n\n")[1].splitlines() if line.startswith("a "))
+    assert a[2:6] == ["0.001", "lower", "40.5", "0.500"]
+    assert a[6:] == ["0.285", "0.285", "±", "0.006", "0.500"]  # 0.405 * 0.5 + 0.205 * 0.4
+    assert "old: recall@1" in picture.read_text()
+    assert "not every run has" in run("compare_fronts", str(file), "--left", "old: mrr").stderr
