@@ -286,3 +286,33 @@ def test_loading_a_checkpoint_takes_one_copy_of_the_state(dtype):
     assert live.peak < 1.15 * opt.state_bytes()
     mine = {value.data_ptr() for state in opt.state.values() for value in state.values()}
     assert not mine & {value.data_ptr() for state in saved["state"].values() for value in state.values()}
+
+
+def test_a_tensor_without_gradient_when_the_density_falls_can_be_saved_and_is_selected_from_later():
+    def make():
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(8, 64)) for _ in range(2)]
+        schedule = linear(0.5, 0.1, total_steps=8, interval=2)
+        return parameters, NanoAdam(parameters, lr=1e-2, density=schedule, mask_interval=100, criterion="gradient")
+
+    def run(parameters, opt, steps):
+        for step in steps:
+            for i, parameter in enumerate(parameters):
+                parameter.grad = None if i == 1 and 2 <= step < 5 else torch.randn(8, 64, generator=seeded(step))
+            opt.step()
+        return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+    whole = run(*make(), range(8))
+    parameters, opt = make()
+    run(parameters, opt, range(4))
+    assert not opt.selected(parameters[1]).any()
+    copies, resumed = make()
+    for copy, parameter in zip(copies, parameters, strict=True):
+        copy.data.copy_(parameter.data)
+    resumed.load_state_dict(opt.state_dict())
+    assert torch.equal(run(copies, resumed, range(4, 8)), whole)
+    assert resumed.selected(copies[1]).any()
+
+
+def seeded(step):
+    return torch.Generator().manual_seed(step)

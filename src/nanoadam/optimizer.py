@@ -216,14 +216,18 @@ class NanoAdam(Optimizer):
         t = group["steps"]
         if self._window[i] == t:
             return
-        by_gradient = group["criterion"] == "gradient"
-        if by_gradient:
+        without: list[Slot] = []
+        if group["criterion"] == "gradient":
+            without = [slot for slot in slots if slot.weight.grad is None]
             slots = [slot for slot in slots if slot.weight.grad is not None]
             if not slots:
                 return
         self._window[i] = t
         if self._is_due(group):
             group["active_density"], group["refreshed_at"] = _density(group, t), t
+            for slot in without:
+                if slot.layout != layout(slot.weight.shape, group["active_density"]):
+                    _empty(slot, group)
         else:
             slots = [slot for slot in slots if slot.fresh]  # unfrozen since the last refresh
         self._select(slots, group)
@@ -550,6 +554,19 @@ def _by_device(slots: Iterable[Slot]) -> Iterable[tuple[torch.device, list[Slot]
     ]
 
 
+def _empty(slot: Slot, group: Mapping[str, Any]) -> None:
+    """Nothing selected, at the present density, and no moments."""
+    slot.layout = layout(slot.weight.shape, group["active_density"])
+    device, dtype, count = slot.weight.device, group["state_dtype"], slot.layout.selected
+    slot.state["exp_avg"] = torch.zeros(count, dtype=dtype, device=device)
+    slot.state["exp_avg_sq"] = torch.zeros(count, dtype=dtype, device=device)
+    slot.state["index"] = torch.full((count,), -1, dtype=torch.int16, device=device)
+    own_ages = count if group["moments"] == "carry" else 1
+    slot.state["born"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
+    slot.held, slot.fresh = None, True
+    slot.version += 1
+
+
 def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:
     """A parameter's slot, with empty state unless it has some."""
     slot = Slot(parameter, state, ordinal, name=name)
@@ -562,13 +579,9 @@ def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, 
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         else:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros(slot.layout.selected, dtype=dtype, device=device)
-            state["index"] = torch.full((slot.layout.selected,), -1, dtype=torch.int16, device=device)
-            own_ages = slot.layout.selected if group["moments"] == "carry" else 1
-            state["born"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
+            _empty(slot, group)
     slot.steps = int(state["step"].item())
     if slot.layout is not None:
-        # Without updates it may never have been selected from: no gradient at a refresh that goes by gradients.
-        slot.fresh = slot.steps == 0 and bool((state["index"] < 0).all())
+        # It may never have been selected from: no gradient at a refresh that goes by gradients.
+        slot.fresh = bool((state["index"] < 0).all())
     return slot
