@@ -234,6 +234,16 @@ def test_a_copy_goes_on_like_the_original():
     assert torch.equal(parameter, twin_parameter)
 
 
+def test_loading_its_own_state_copies_nothing():
+    parameter = torch.nn.Parameter(torch.randn(8, 64))  # accelerate's wrapper does it when a run begins
+    optimizer = MicroAdam([parameter], lr=1e-2)
+    train(optimizer, parameter, normal((8, 64), 3))
+    before = {name: (value.data_ptr(), value.clone()) for name, value in optimizer.state[parameter].items()}
+    optimizer.load_state_dict(optimizer.state_dict())
+    for name, value in optimizer.state[parameter].items():
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1]), name
+
+
 def test_a_state_that_does_not_fit_is_refused():
     small, large = (MicroAdam([torch.nn.Parameter(torch.zeros(n, 64))], lr=1e-3) for n in (2, 4))
     with pytest.raises(ValueError, match="does not fit"):

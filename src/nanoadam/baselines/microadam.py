@@ -191,7 +191,7 @@ class MicroAdam(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, bit for bit; nothing changes if it does not fit.
+        """Go on from a saved state, bit for bit; nothing changes if it does not fit. Copies as NanoAdam's does.
 
         Raises:
             ValueError: if the state was not saved by MicroAdam for parameters of these shapes.
@@ -206,13 +206,14 @@ class MicroAdam(Optimizer):
             wanted = {name: tuple(shape) for name, (shape, _) in _state_of(parameter, group).items()}
             if saved and {name: tuple(saved[name].shape) for name in saved if name != "step"} != wanted:
                 raise ValueError(f"the saved state of parameter {key} does not fit its shape {tuple(parameter.shape)}")
-        super().load_state_dict(state_dict)
-        # torch has cast every tensor to its parameter's dtype, indices too. Take the saved ones instead.
+        own = {id(value) for state in self.state.values() for value in state.values()}
+        # torch gets the groups only: it would cast every tensor to its parameter's dtype, indices too.
+        super().load_state_dict({**state_dict, "state": {}})
         for key, parameter in zip(keys, parameters, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                self.state[parameter][name] = value.detach().to(
-                    "cpu" if name == "step" else parameter.device, copy=True
-                )
+                home = torch.device("cpu") if name == "step" else parameter.device
+                kept = id(value) in own and value.device == home
+                self.state[parameter][name] = value if kept else value.detach().to(home, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
