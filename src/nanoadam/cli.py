@@ -319,7 +319,7 @@ def compare(
     """Several optimizers or variants of one job, each at its best learning rate: one table.
 
     Takes the options of finetune; --optimizer, --learning-rate and --seed give way to the lists here. Variants stand
-    in the TOML file, each in a section [compare.variants.NAME] with the keys it sets and its learning_rates.
+    in the TOML file, each in a section compare.variants.NAME with the keys it sets and its learning_rates.
     """
     own = {"--optimizers": optimizers, "--learning-rates": learning_rates, "--seeds": seeds}
     if resume is not None:
