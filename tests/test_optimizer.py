@@ -12,6 +12,7 @@ from nanoadam.chunks import layout
 from nanoadam.ops import reference
 from nanoadam.optimizer import NanoAdam
 from nanoadam.schedules import constant, cosine, linear
+from nanoadam.slots import by_device
 from oracle import Oracle
 
 # One row longer than a chunk, a chunk of whole rows with a short tail, a single element, a convolution.
@@ -467,3 +468,18 @@ def test_moments_and_weights_are_rounded_with_different_bits():
     noise = [n & 0xFFFF for n in reference._noise(opt._slots[p], adam, torch.arange(p.numel()))]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (noise[a] == noise[b]).double().mean() < 0.01
+
+
+def test_the_state_follows_a_weight_that_has_moved():
+    parameter = torch.nn.Parameter(torch.randn(8, 64))
+    opt = NanoAdam([parameter], density=0.1)
+    parameter.sum().backward()
+    slot = opt._slots[parameter]
+    slot.weight = torch.nn.Parameter(parameter.to("meta"))  # the only other device that is everywhere
+    [(device, _)] = by_device([slot])
+    assert device.type == "meta"
+    assert {name: value.device.type for name, value in slot.state.items()} == {
+        **dict.fromkeys(("exp_avg", "exp_avg_sq", "index", "born"), "meta"),
+        "step": "cpu",
+    }
+    assert slot.held.device.type == "meta"

@@ -22,6 +22,7 @@ from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.release import GradientRelease, stands_in
 from nanoadam.schedules import Intervals, Schedule
+from nanoadam.slots import by_device, empty, make_slot
 
 # GradScaler hands itself to a step that has a parameter for it, which is the only way for it to learn of an
 # infinity in a held gradient. It announces that this will change; amp.unscale serves the new way as well.
@@ -165,7 +166,7 @@ class NanoAdam(Optimizer):
                     self._frozen.append(parameter)
                 slot = self._slots.get(parameter)
                 if slot is None and (trained or self.state.get(parameter)):
-                    slot = self._slots[parameter] = _make_slot(parameter, self.state[parameter], group, ordinal, name)
+                    slot = self._slots[parameter] = make_slot(parameter, self.state[parameter], group, ordinal, name)
                 if slot is None:
                     continue
                 step = slot.state["step"]
@@ -227,7 +228,7 @@ class NanoAdam(Optimizer):
             group["active_density"], group["refreshed_at"] = _density(group, t), t
             for slot in without:
                 if slot.layout != layout(slot.weight.shape, group["active_density"]):
-                    _empty(slot, group)
+                    empty(slot, group)
         else:
             slots = [slot for slot in slots if slot.fresh]  # unfrozen since the last refresh
         self._select(slots, group)
@@ -248,7 +249,7 @@ class NanoAdam(Optimizer):
             key=seed_key(group["seed"]),
             step=group["steps"],
         )
-        for device, members in _by_device(slots):
+        for device, members in by_device(slots):
             gradients = None
             if rule.criterion == "gradient":
                 gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
@@ -264,7 +265,7 @@ class NanoAdam(Optimizer):
             mine = {p: gradient for p, gradient in pairs if self._group_of[p] == i}
             if mine:
                 self._refresh_if_due(i)
-            for device, members in _by_device(self._slots[p] for p in mine):
+            for device, members in by_device(self._slots[p] for p in mine):
                 backend(device).gather(members, [mine[slot.weight] for slot in members], group["grad_dtype"])
 
     def _take_gradients(self, i: int) -> None:
@@ -336,9 +337,9 @@ class NanoAdam(Optimizer):
             grad_scale=grad_scale,
             capturable=group["capturable"],
         )
-        for device, members in _by_device(selected):
+        for device, members in by_device(selected):
             backend(device).update(members, adam)
-        for device, members in _by_device(dense):
+        for device, members in by_device(dense):
             gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
             backend(device).update_dense(members, gradients, adam)
         if not self._releases(i):
@@ -543,45 +544,3 @@ class NanoAdam(Optimizer):
 def _density(group: Mapping[str, Any], step: int) -> float:
     density = group["density"]
     return density(step) if isinstance(density, Schedule) else float(density)
-
-
-def _by_device(slots: Iterable[Slot]) -> Iterable[tuple[torch.device, list[Slot]]]:
-    slots = list(slots)
-    devices = [slot.weight.device for slot in slots]
-    return [
-        (device, [slot for slot, its in zip(slots, devices, strict=True) if its == device])
-        for device in dict.fromkeys(devices)
-    ]
-
-
-def _empty(slot: Slot, group: Mapping[str, Any]) -> None:
-    """Nothing selected, at the present density, and no moments."""
-    slot.layout = layout(slot.weight.shape, group["active_density"])
-    device, dtype, count = slot.weight.device, group["state_dtype"], slot.layout.selected
-    slot.state["exp_avg"] = torch.zeros(count, dtype=dtype, device=device)
-    slot.state["exp_avg_sq"] = torch.zeros(count, dtype=dtype, device=device)
-    slot.state["index"] = torch.full((count,), -1, dtype=torch.int16, device=device)
-    own_ages = count if group["moments"] == "carry" else 1
-    slot.state["born"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
-    slot.held, slot.fresh = None, True
-    slot.version += 1
-
-
-def _make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:
-    """A parameter's slot, with empty state unless it has some."""
-    slot = Slot(parameter, state, ordinal, name=name)
-    if not group["dense"] and parameter.dim() >= 2:
-        slot.layout = layout(parameter.shape, group["active_density"])
-    if not state:
-        device, dtype = parameter.device, group["state_dtype"]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device if group["capturable"] else "cpu")
-        if slot.layout is None:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-        else:
-            _empty(slot, group)
-    slot.steps = int(state["step"].item())
-    if slot.layout is not None:
-        # It may never have been selected from: no gradient at a refresh that goes by gradients.
-        slot.fresh = bool((state["index"] < 0).all())
-    return slot

@@ -188,3 +188,23 @@ def test_parameters_on_two_devices_are_trained_as_on_one():
             opt.zero_grad()
         results.append(torch.cat([p.detach().cpu().view(-1) for p in parameters]))
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_model_may_move_after_its_optimizer_was_made(steps):
+    results = []
+    for moved in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 700), torch.nn.GELU(), torch.nn.Linear(700, 64))
+        if not moved:
+            model.to("cuda")
+        opt = NanoAdam(model.parameters(), lr=1e-3, density=0.1, mask_interval=3)
+        for step in range(steps + 6):
+            if step == steps:
+                model.to("cuda")
+            device = next(model.parameters()).device
+            model(batch(step).to(device)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        results.append(bits(model))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
