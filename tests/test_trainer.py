@@ -229,6 +229,39 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path: Pa
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+def test_the_schedule_scales_the_heads_rate_like_the_rest(tmp_path: Path, schedule: str) -> None:
+    class Look(TrainerCallback):
+        def on_step_begin(self, *_: object, optimizer=None, **__: object) -> None:
+            seen.append([group["lr"] for group in optimizer.param_groups])
+
+    seen: list[list[float]] = []
+    run = trainer(
+        tmp_path, options={**OPTIONS, "head_lr": 5e-2}, callbacks=[NanoAdamCallback(), Look()],
+        lr_scheduler_type=schedule, warmup_steps=2,
+    )  # fmt: skip
+    run.train()
+    roles = [group["role"] for group in callback.unwrap(run.optimizer).param_groups]
+    assert roles == ["weights", "head", "norms and biases", "head norms and biases"]
+    factors = [rates[0] / OPTIONS["lr"] for rates in seen]
+    assert len(factors) == 6 and factors[:2] == [0.0, 0.5] and max(factors) == 1.0
+    for factor, rates in zip(factors, seen, strict=True):
+        expected = [factor * (5e-2 if "head" in role else OPTIONS["lr"]) for role in roles]
+        assert rates == pytest.approx(expected)
+
+
+def test_a_run_with_a_rate_for_the_head_resumes_bit_for_bit(tmp_path: Path) -> None:
+    options = {**OPTIONS, "head_lr": 5e-2}
+    whole = trainer(tmp_path / "whole", options=options, save_strategy="steps", save_steps=4, max_steps=9)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    again = trainer(tmp_path / "again", options=options, max_steps=9)
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-4"))
+    assert_same(whole.model, again.model)
+    rates = [[g["initial_lr"] for g in callback.unwrap(run.optimizer).param_groups] for run in (whole, again)]
+    assert rates[0] == rates[1] == [1e-2, 5e-2, 1e-2, 5e-2]
+
+
 def test_several_optimizers_may_not_be_made_from_one_call(tmp_path: Path) -> None:
     model = tiny.bert()
     made = nanoadam.for_trainer(model, **OPTIONS)
@@ -276,6 +309,7 @@ def test_release_under_ddp_is_refused() -> None:
         ({"density": 2.0}, ValueError, "density must be in"),
         ({"densty": 0.1}, TypeError, "no option 'densty'"),
         ({"lr": -1.0}, ValueError, "lr must be"),
+        ({"head_lr": -1.0}, ValueError, "head_lr must be a finite number of at least 0, or None .*; got -1.0"),
         ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be positive"),
     ],
 )

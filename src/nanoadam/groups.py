@@ -11,13 +11,15 @@ it and from where that module stands, never from a parameter's name alone:
 5.  matrix: all the rest: linear layers, convolutions, GPT-2's Conv1D, stacked experts, LoRA's A and B.
 
 Norms, biases and vectors are dense and not decayed; heads are dense and decayed; matrices and embeddings are
-selected from and decayed. Overrides beat all of that.
+selected from and decayed. Overrides beat all of that. With a learning rate of its own the head, its biases and norms
+included, stands in groups of its own.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -51,7 +53,13 @@ _GROUP_OF = {
     (False, False): "norms and biases",
     (True, False): "selected norms and biases",
 }
-_GROUP_ORDER = ("weights", "head", "dense weights", "norms and biases", "selected norms and biases")
+_HEAD_GROUP_OF = {  # the same, where the head has a learning rate of its own
+    (True, True): "selected head",
+    (False, True): "head",
+    (False, False): "head norms and biases",
+    (True, False): "selected head norms and biases",
+}
+_GROUP_ORDER = tuple(dict.fromkeys(("weights", "head", *_GROUP_OF.values(), *_HEAD_GROUP_OF.values())))
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -87,6 +95,7 @@ def param_groups(
     weight_decay: float = 0.0,
     dense: Overrides = (),
     selected: Overrides = (),
+    head_lr: float | None = None,
 ) -> ParamGroups:
     """Parameter groups for `NanoAdam` (or any torch optimizer): what is selected from, and what is dense.
 
@@ -104,9 +113,12 @@ def param_groups(
             (`"*.query.weight"`, `"bert.pooler"`), a module, a module type (`nn.Embedding`), or a predicate
             `(name, parameter) -> bool`. A module stands for every parameter within it. Names are the
             model's own, without the prefix that DDP or `torch.compile` puts before them.
+        head_lr: the learning rate of the head, its biases and norms included, in groups of their own that carry it
+            as `lr`; None: that of the rest. An output tied to the embeddings is no head, nor are adapters in one.
+            Schedulers scale each group's own rate.
 
     Returns:
-        One dict per kind of treatment, at most five and usually three, in `named_parameters` order within:
+        One dict per kind of treatment, usually three, four with `head_lr`, in `named_parameters` order within:
         `params` (tensors), `param_names`, `roles` (per parameter: matrix, embedding, head, norm, bias or
         vector), `role` (the group's name), `dense` (False: selected from), `weight_decay`. Plain values
         only, so an optimizer's `state_dict` that holds them loads with `weights_only=True`.
@@ -114,7 +126,8 @@ def param_groups(
     Raises:
         TypeError: if `model` is not a module, or an override is none of the above.
         ValueError: if a parameter is claimed by both overrides, an override matches nothing, the model has
-            nothing to train, `weight_decay` is negative, or a lazy module was not materialised.
+            nothing to train, `weight_decay` is negative, a lazy module was not materialised, or `head_lr` is
+            no number of at least 0 or given for a model without a head that is trained.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -122,6 +135,7 @@ def param_groups(
         )
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    _check_head_lr(head_lr)
     model = _unwrap(model)
     entries = _entries(model)
     for entry in entries:
@@ -134,6 +148,7 @@ def param_groups(
             raise ValueError(f"parameter {entry.name!r} is claimed by both dense= and selected=: narrow one of them")
 
     heads = _head_parameters(model, entries)
+    apart = set() if head_lr is None else _apart(entries, heads)
     found = ParamGroups()
     groups: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -153,7 +168,8 @@ def param_groups(
             choose = False
         elif id(parameter) in forced_selected:
             choose = parameter.dim() >= 2
-        kind = "head" if role == "head" and not choose else _GROUP_OF[choose, decayed]
+        own_rate = id(parameter) in apart
+        kind = (_HEAD_GROUP_OF if own_rate or (role == "head" and not choose) else _GROUP_OF)[choose, decayed]
         group = groups.setdefault(
             kind,
             {
@@ -163,6 +179,7 @@ def param_groups(
                 "role": kind,
                 "dense": not choose,
                 "weight_decay": weight_decay if decayed else 0.0,
+                **({"lr": head_lr} if own_rate else {}),
             },
         )
         group["params"].append(parameter)
@@ -173,8 +190,21 @@ def param_groups(
             f"{type(model).__name__} has nothing to train: {len(found.frozen)} parameters are frozen, "
             f"{len(found.empty)} are empty. Set requires_grad on those to finetune"
         )
+    if head_lr is not None and not any("lr" in group and "head" in group["roles"] for group in groups.values()):
+        raise ValueError(
+            f"head_lr={head_lr:g} is for a head, and {type(model).__name__} has none that is trained "
+            "(an output tied to the embeddings is none): leave head_lr out"
+        )
     found.extend(groups[kind] for kind in _GROUP_ORDER if kind in groups)
     return found
+
+
+def _check_head_lr(head_lr: object) -> None:
+    number = isinstance(head_lr, (int, float)) and not isinstance(head_lr, bool)
+    if head_lr is not None and not (number and 0.0 <= head_lr < math.inf):  # type: ignore[operator]
+        raise ValueError(
+            f"head_lr must be a finite number of at least 0, or None for the learning rate of the rest; got {head_lr!r}"
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -263,6 +293,18 @@ def _head_parameters(model: nn.Module, entries: list[_Entry]) -> set[int]:
         return set()  # a model of one matrix is not all head
     modules = list(model.modules())
     return {id(parameter) for head in _head_modules(model, modules) for parameter in head.parameters()}
+
+
+def _apart(entries: list[_Entry], heads: set[int]) -> set[int]:
+    """Of the head's parameters the new ones: not an output tied to an embedding, nor its bias, nor adapters."""
+    tied = {id(owner) for entry in entries if _role(entry, heads) == "embedding" for owner in entry.owners}
+    return {
+        id(entry.parameter)
+        for entry in entries
+        if id(entry.parameter) in heads
+        and not _is_adapter(entry)
+        and not any(id(owner) in tied for owner in entry.owners)
+    }
 
 
 def _head_modules(model: nn.Module, order: list[nn.Module]) -> list[nn.Module]:
@@ -410,7 +452,7 @@ def describe(
 
     Args:
         groups: from `param_groups`, or an optimizer's `param_groups`. Frozen, empty and tied parameters are
-            reported for the former only.
+            reported for the former only. A head with a learning rate of its own is said to have it.
         density: a share or a schedule, whose largest value counts. Groups that have options of their own
             (an optimizer's do) keep them, here and below.
         state_dtype: of the moments.
@@ -427,6 +469,7 @@ def describe(
         share = f"{100 * weights / max(1, total[1]):.2f} %"
         lines.append([*labels, str(tensors), f"{weights:,}", share, *(memory.short(each / size) for each in sizes)])
     notes = [f"{group['role']}: {_few(group['param_names'])}" for group in groups if group.get("role") not in _UNNAMED]
+    notes += _rate_of_head(groups)
     if isinstance(groups, ParamGroups):
         if groups.tied:
             notes.append("tied: " + _few([" = ".join([name, *others]) for name, others in groups.tied.items()]))
@@ -454,6 +497,13 @@ def _costs(group: dict[str, Any]) -> list[tuple[tuple[str, str, str], list[int]]
         row[3] += size * width if dense else kept * group["grad_dtype"].itemsize
         row[4] += 3 * size * width
     return list(rows.items())
+
+
+def _rate_of_head(groups: list[dict[str, Any]]) -> list[str]:
+    """A line if the head's learning rate is not that of the rest, which groups may leave to the optimizer."""
+    own = {float(g["lr"]) for g in groups if g.get("role") in _HEAD_GROUP_OF.values() and "lr" in g}
+    rest = {float(g.get("lr", math.nan)) for g in groups if g.get("role") not in _HEAD_GROUP_OF.values()}
+    return [f"learning rate of the head: {rate:g}" for rate in sorted(own - rest)]
 
 
 def _few(names: list[str], at_most: int = 4) -> str:

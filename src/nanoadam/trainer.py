@@ -24,6 +24,7 @@ def for_trainer(
     weight_decay: float = 0.0,
     dense: Overrides = (),
     selected: Overrides = (),
+    head_lr: float | None = None,
     **options: Any,
 ) -> tuple[type[NanoAdam], dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes, with the groups of `param_groups(model)`.
@@ -38,6 +39,7 @@ def for_trainer(
         weight_decay: for matrices, embeddings and heads; as in `param_groups`.
         dense: as in `param_groups`.
         selected: as in `param_groups`.
+        head_lr: of the newly made head, at the top of the same schedule; as in `param_groups`.
         options: of `NanoAdam`: density, mask_interval, max_grad_norm, ...
 
     Returns:
@@ -46,7 +48,7 @@ def for_trainer(
     Raises:
         ValueError, TypeError: for an option or a model that cannot be served, at once and not when training begins.
     """
-    groups = param_groups(model, weight_decay=weight_decay, dense=dense, selected=selected)
+    groups = param_groups(model, weight_decay=weight_decay, dense=dense, selected=selected, head_lr=head_lr)
     unknown = sorted(options.keys() - inspect.signature(NanoAdam).parameters.keys())
     if unknown:
         raise TypeError(f"NanoAdam has no option {unknown[0]!r}: see help(nanoadam.NanoAdam) for those it has")
