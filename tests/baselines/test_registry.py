@@ -162,6 +162,36 @@ def test_a_scheduler_sets_its_learning_rate(case):
         assert moved == (i < 2)
 
 
+def test_the_head_has_a_rate_of_its_own(case):
+    """A step at two rates is, tensor by tensor, the step at the one that is its own."""
+    name, options, lr = case
+    options = {**options, "stochastic_rounding": False} if name in ("nanoadam", "microadam") else options
+    results = {}
+    for key, rates in {"rest": {"lr": lr}, "head": {"lr": 3 * lr}, "both": {"lr": lr, "head_lr": 3 * lr}}.items():
+        torch.manual_seed(2)
+        model, optimizer = made((name, options, lr), **rates)
+        before = weights(model)
+        train(model, optimizer, 1)
+        results[key] = {name: weight - before[name] for name, weight in weights(model).items()}
+    heads = [key for key in results["both"] if "head" in key and results["head"][key].any()]
+    assert len(heads) == 2
+    for key, change in results["both"].items():
+        assert torch.equal(change, results["head" if "head" in key else "rest"][key]), key
+    assert not torch.equal(results["head"][heads[0]], results["rest"][heads[0]])
+
+
+def test_a_scheduler_scales_the_heads_rate_and_a_checkpoint_keeps_it(case):
+    lr = case[2]
+    _, optimizer = made(case, head_lr=4 * lr)
+    _, resumed = made(case, head_lr=lr / 2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    schedule.step()
+    resumed.load_state_dict(optimizer.state_dict())
+    for group in (*optimizer.param_groups, *resumed.param_groups):
+        assert float(group["lr"]) == pytest.approx((4 * lr if "head" in group["role"] else lr) / 2)
+
+
 def test_it_takes_groups_like_the_model_and_is_made_by_a_trainer(case):
     name, options, lr = case
     factory, kwargs = baselines.for_trainer(name, lr, **options)
@@ -286,6 +316,10 @@ def test_what_is_asked_wrongly_gets_a_sentence():
         baselines.make("galore", Tiny(), 1e-3, density=0.1)
     with pytest.raises(ValueError, match="microadam has no option 'rank'"):
         baselines.for_trainer("microadam", 1e-3, rank=4, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"head_lr=0\.1 is for a model: for groups say param_groups\(model, head_lr"):
+        baselines.make("adamw", param_groups(Tiny()), 1e-3, head_lr=0.1)
+    with pytest.raises(ValueError, match="head_lr must be a finite number"):
+        baselines.make("adamw", Tiny(), 1e-3, head_lr=-0.1)
     with pytest.raises(ValueError, match="backend must be"):
         baselines.make("adamw8bit", Tiny(), 1e-3, backend="apex")
     with pytest.raises(ValueError, match=r"apply_lora\(model\) first"):

@@ -175,6 +175,7 @@ def make(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    head_lr: float | None = None,
     **options: Any,
 ) -> Optimizer:
     """An optimizer of `BASELINES` for a model, configured as the NanoAdam paper does unless told otherwise.
@@ -186,15 +187,23 @@ def make(
         betas: decay of the first and second moment, for Adam's relatives (not `sgd` and `adafactor`).
         eps: added to the root of the second moment, likewise.
         weight_decay: for matrices, embeddings and heads of a model; groups bring their own.
+        head_lr: learning rate of a model's head, as in `nanoadam.param_groups`; groups bring their own. Every method
+            takes it; with LoRA it is that of the head beside the adapters.
         options: of that method, see `BASELINES[name].options`.
 
     Raises:
-        ValueError: for an unknown name or option, or parameters that the method cannot train.
+        ValueError: for an unknown name or option, parameters that the method cannot train, or `head_lr` for groups
+            or for a model without a head.
         ImportError: if a library is missing; says how to get it.
     """
     chosen = _checked(name, options)
-    model = params if isinstance(params, nn.Module) else None
-    groups = param_groups(params, weight_decay=weight_decay) if isinstance(params, nn.Module) else list(params)
+    model: nn.Module | None = None
+    if isinstance(params, nn.Module):
+        model, groups = params, list(param_groups(params, weight_decay=weight_decay, head_lr=head_lr))
+    elif head_lr is None:
+        groups = list(params)
+    else:
+        raise ValueError(f"head_lr={head_lr!r} is for a model: for groups say param_groups(model, head_lr=...)")
     # Optimizers write into the dicts they are given.
     return chosen.build(Common([dict(group) for group in groups], model, lr, betas, eps, weight_decay), **options)
 
