@@ -52,13 +52,13 @@ def bert_folder(folder: Path) -> Path:
     return folder
 
 
-def causal_folder(folder: Path, chat: bool = False) -> Path:
+def causal_folder(folder: Path, chat: bool = False, tied: bool = False) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=tied,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)

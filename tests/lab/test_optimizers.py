@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import tiny
 from nanoadam import cli
 from nanoadam.baselines import BASELINES
-from nanoadam.lab import finetune, optimizers
+from nanoadam.lab import compare, finetune, optimizers
 from nanoadam.lab.config import Config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -97,6 +97,54 @@ def test_it_goes_on_bit_for_bit_with_resume(name: str, options: str, job: dict[s
     assert one.keys() == other.keys()
 
 
+@pytest.mark.parametrize("name", [name for name in BASELINES if BASELINES[name].cpu])
+def test_every_method_trains_the_head_at_its_own_rate(name: str, job: dict[str, object], tmp_path: Path) -> None:
+    needs(name)
+    own = OPTIONS.get(name, ())
+    given = Config(
+        **{**job, "learning_rate": 0.0}, head_learning_rate=1e-2, log_every=1, optimizer=name, optimizer_options=own
+    )
+    finetune.run(given, tmp_path / "run")
+    before, after = weights(Path(str(job["model"]))), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(value, after[f"bert.{key}"]) for key, value in before.items())
+    assert after["classifier.bias"].any()  # zero when it is made
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [(line["learning_rate"], line["head_learning_rate"]) for line in lines if line["event"] == "train"]
+    assert rates == [(0.0, pytest.approx(1e-2 * factor)) for factor in (2 / 3, 1 / 3, 0)]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["settings"]["head_learning_rate"] == 1e-2
+    assert "learning rate 0 (head: 0.01), seed" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_variant_can_give_the_head_a_rate(job: dict[str, object], tmp_path: Path) -> None:
+    rows = {"apart": {"optimizer": "adamw", "head_learning_rate": 1e-1}, "same": {"optimizer": "adamw"}}
+    variants = compare.variants(learning_rates=[1e-3], sections=rows)
+    comparison = compare.Comparison(Config(**{**job, "save_model": False}), variants, seeds=(0,))
+    results = compare.run(comparison, tmp_path / "out")
+    moved = {run["variant"]: run["l2_moved"] for run in results["runs"]}
+    assert moved["apart"] > 2 * moved["same"]
+    settings = json.loads((tmp_path / "out" / "runs" / "apart-0.001-0" / "manifest.json").read_text())["settings"]
+    assert settings["head_learning_rate"] == 1e-1
+
+
+@pytest.mark.parametrize("optimizer", ["lora", "nanoadam"])
+def test_a_rate_for_a_head_that_is_not_trained_is_one_sentence(
+    optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs(optimizer)
+    # Beside adapters an output that came with the model is frozen; otherwise it is none where it is tied.
+    model = tiny.causal_folder(tmp_path / "model", tied=optimizer == "nanoadam")
+    train = tiny.jsonl(tmp_path / "train.jsonl", [{"prompt": "the film is", "completion": "good"}] * 8)
+    job = {"task": "causal-lm", "model": model, "train": train, "device": "cpu", "optimizer": optimizer}
+    capsys.readouterr()  # transformers' progress of saving the model
+    assert cli.main(command("finetune", job, tmp_path / "run", head_learning_rate=1e-3)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "head_learning_rate=0.001 is for a head, and " in error
+    assert "has none that is trained" in error
+    assert not (tmp_path / "run").exists()
+
+
 def command(verb: str, job: dict[str, object], out: Path, **more: object) -> list[str]:
     given = {**job, **more, "out": out}
     return [verb, *(part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value)))]
@@ -133,6 +181,7 @@ def test_an_optimizer_is_tried_on_weights_of_the_dtype_that_it_will_have(monkeyp
         ({"optimizer_options": "adamw.fused=true"}, ["adamw has no option 'fused': it has no options"]),
         ({"optimizer_options": "nanoadam.density=0.1"}, ["--density"]),
         ({"optimizer": "microadam", "optimizer_options": "microadam.density=2"}, ["density", "2"]),
+        ({"head_learning_rate": -1}, ["head_learning_rate must be at least 0, got -1"]),
         ({"optimizer": "flashadamw"}, ["flashadamw trains on CUDA devices only"]),
         ({"optimizer": "flashadamw", "optimizer_options": "flashadamw.release=true", "accumulate": 2}, ["late 2"]),
     ],

@@ -71,6 +71,9 @@ class Config:
     optimizer: str = _key("nanoadam", f"Any of {', '.join(BASELINES)}.", "optimizer")
     optimizer_options: tuple[str, ...] = _key((), "Like galore.rank=64: METHOD.OPTION=VALUE.", "optimizer")
     learning_rate: float = _key(1e-4, "At the top of the schedule.", "optimizer", low=0.0)
+    head_learning_rate: float | None = _key(
+        None, "Of the head alone, on the same schedule; by default learning_rate.", "optimizer", low=0.0
+    )
     weight_decay: float = _key(0.0, "Decoupled (sgd: as in torch); not on norms and biases.", "optimizer", low=0.0)
     beta1: float = _key(0.9, "Decay of the first moment; momentum of sgd.", "optimizer", low=0.0)
     beta2: float = _key(0.999, "Decay of the second moment.", "optimizer", low=0.0)

@@ -170,7 +170,7 @@ def _run(
 ) -> dict[str, Any]:
     config, model = job.config, job.task.model
     before = {name: p.detach().to("cpu", copy=True) for name, p in pretrained(model).items()}
-    metrics = _Metrics(out / "metrics.jsonl", checkpoint, progress)
+    metrics = _Metrics(out / "metrics.jsonl", checkpoint, progress, config.head_learning_rate is not None)
     trainer = _trainer(job, out, metrics)
     if watch is not None:
         trainer.add_callback(watch(model))
@@ -363,8 +363,9 @@ class _Trainer(Trainer):
 class _Metrics(TrainerCallback):
     """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint."""
 
-    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress | None) -> None:
+    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress | None, own_head: bool) -> None:
         self._path = path
+        self._own_head = own_head
         self._progress = progress or (lambda _: None)
         self._times: list[float] = []
         self._clock = 0.0
@@ -404,6 +405,11 @@ class _Metrics(TrainerCallback):
             values = {
                 key: logs[key] for key in ("loss", "grad_norm", "learning_rate", "density", "touched") if key in logs
             }
+            if self._own_head:
+                rates, groups = kwargs["lr_scheduler"].get_last_lr(), unwrap(kwargs["optimizer"]).param_groups
+                values["head_learning_rate"] = next(
+                    float(rate) for rate, group in zip(rates, groups, strict=True) if group["role"] == "head"
+                )
             line = {"event": "train", **line, **values, "seconds_per_step": seconds, "memory": dict(self._memory)}
             self._times = []
         else:

@@ -95,7 +95,16 @@ def adapt(model: nn.Module, config: Config) -> Any:
 
 
 def make(model: nn.Module, config: Config, plan: Plan) -> Made:
-    """What the Trainer makes the optimizer from, for a model that went through `adapt`."""
+    """What the Trainer makes the optimizer from, for a model that went through `adapt`.
+
+    Raises:
+        ValueError: for what the model rules out: a learning rate for a head that it has not.
+    """
+    if config.head_learning_rate is not None:  # baselines would find out when the run has begun
+        try:
+            nanoadam.param_groups(model, head_lr=config.head_learning_rate)
+        except ValueError as error:
+            raise ValueError(str(error).replace("head_lr", "head_learning_rate")) from error
     return _nanoadam(model, config, plan) if by_nanoadam(config) else _for_trainer(config)
 
 
@@ -107,6 +116,7 @@ def _for_trainer(config: Config) -> Made:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        head_lr=config.head_learning_rate,
         **own,
     )
 
@@ -122,6 +132,7 @@ def _nanoadam(model: nn.Module, config: Config, plan: Plan) -> Made:
         model,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
+        head_lr=config.head_learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         density=density,

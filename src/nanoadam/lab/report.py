@@ -54,9 +54,11 @@ def page(config: Config, manifest: dict[str, Any], lines: list[dict[str, Any]]) 
         ("l2 distance moved", f"{results['l2_moved']:.4g}"),
     ]
     rows += retained_rows(results)
+    head = "" if config.head_learning_rate is None else f" (head: {config.head_learning_rate:g})"
     lead = (
         f"{config.model} ({manifest['model']['parameters']:,} weights), {config.task} on {config.train}, "
-        f"{config.optimizer}, learning rate {config.learning_rate:g}, seed {config.seed}, {results['steps']} steps."
+        f"{config.optimizer}, learning rate {config.learning_rate:g}{head}, seed {config.seed}, "
+        f"{results['steps']} steps."
     )
     return render(f"finetune: {config.task}", lead, rows, figures(lines, results["metric"]), manifest)
 
