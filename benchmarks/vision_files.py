@@ -1,6 +1,6 @@
 """The files of the small forgetting experiment: a transformers folder and npz files from what was downloaded.
 
-    python benchmarks/vision_files.py --data ../shared/data --out vision
+    python benchmarks/vision_files.py --data DATA --out vision
 
 makes vision/mobilenet (MobileNetV1 0.75 with its ImageNet weights, from an npz in Keras' layout) and
 vision/{cifar10,flowers12}-{train,test}.npz (arrays `images`, uint8 [n, height, width, 3], and `labels`), as far as the

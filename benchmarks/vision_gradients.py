@@ -1,6 +1,6 @@
 """Ratio r and overlap of a vision model in training, finetuned against from scratch (table 1, figures 1 and 2).
 
-    python benchmarks/vision_files.py --data ../shared/data --out vision
+    python benchmarks/vision_files.py --data DATA --out vision
     python benchmarks/vision_gradients.py --data vision --out gradients.json
 
 AdamW on CIFAR-10, batch 128, by the loop of the forgetting front; r of every convolution of at least 1,000 weights, in
