@@ -307,8 +307,8 @@ def test_a_tensor_without_gradient_when_the_density_falls_can_be_saved_and_is_se
     run(parameters, opt, range(4))
     assert not opt.selected(parameters[1]).any()
     copies, resumed = make()
-    for copy, parameter in zip(copies, parameters, strict=True):
-        copy.data.copy_(parameter.data)
+    for own, parameter in zip(copies, parameters, strict=True):
+        own.data.copy_(parameter.data)
     resumed.load_state_dict(opt.state_dict())
     assert torch.equal(run(copies, resumed, range(4, 8)), whole)
     assert resumed.selected(copies[1]).any()
