@@ -1,5 +1,6 @@
 """A finetuning run from data to report, on tiny models: complete, rerunnable, and resumable bit for bit."""
 
+import dataclasses
 import json
 import os
 import re
@@ -124,6 +125,22 @@ def test_metrics_tell_the_course_of_the_run(whole: Path) -> None:
     assert [line["density"] for line in trained] == pytest.approx([0.25, 0.25, 0.2, 0.15])
     assert all({"loss", "grad_norm", "learning_rate", "touched", "memory"} <= line.keys() for line in trained)
     assert [line["step"] for line in lines if line["event"] == "evaluation"][-1] == 6
+
+
+def test_the_norm_of_all_gradients_is_taken_only_where_it_is_logged(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    from accelerate import Accelerator
+
+    taken = []
+    norm = Accelerator.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *args, **kw: taken.append(1) or norm(*args, **kw))
+    config = dataclasses.replace(
+        Config(**configs.read(whole / "config.toml")), optimizer="adamw", log_every=5, save_model=False
+    )
+    finetune.run(config, tmp_path / "run")
+    lines = [line for line in runs.read_lines(tmp_path / "run" / "metrics.jsonl") if line["event"] == "train"]
+    assert [line["step"] for line in lines] == [1, 5, 6]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert len(taken) == 3
 
 
 def test_the_report_needs_no_other_file(whole: Path) -> None:

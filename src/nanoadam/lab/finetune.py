@@ -323,6 +323,16 @@ class _Trainer(Trainer):
             raise Diverged(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {self.kept()}. {CURE}")
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of all gradients, a pass over them, where it is logged; the Trainer takes it at every step."""
+        step, arguments = self.state.global_step + 1, self.args
+        saved = arguments.save_strategy != "no" and step % arguments.save_steps == 0  # which is logged as well
+        if grad_norm is None and not (
+            saved or step % arguments.logging_steps == 0 or step in (1, self.state.max_steps)
+        ):
+            return None
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+
     def _checkpoints(self) -> Path:
         return Path(str(self.args.output_dir))
 
