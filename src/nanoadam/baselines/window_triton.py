@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from nanoadam.baselines import window_kernels as kernels
 from nanoadam.baselines.window import BUCKET, Blocks, Step
+from nanoadam.ops.tables import TYPES, block_rows, on, signed, upload
 
 MAX_BLOCK = 8192
 """Weights in a block that a program can hold in registers."""
 
 _PROGRAMS_PER_CORE = 4  # more hide latency better, until their scratch memory no longer fits the L2 cache
 _INTERPRETED_PROGRAMS = 2
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,10 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
         rows_of_window = triton.next_power_of_2(step.window)
         lanes = triton.next_power_of_2(max(max(job.blocks.keep, job.blocks.keep_tail) for job in members))
         small = rows_of_window * lanes <= size // 4
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with on(device):
             kernels.step[(programs,)](
-                torch.tensor(rows, dtype=torch.int64).to(device),
-                _tensor_of(tuple(counts), device),
+                upload(rows, device),
+                block_rows(tuple(counts), device),
                 _factors(step).to(device),
                 torch.empty(programs, 2, size, dtype=torch.float32, device=device),
                 torch.empty(programs, size, dtype=torch.int16, device=device),
@@ -82,10 +79,10 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
                 step.lr,
                 1 - step.lr * step.weight_decay,
                 step.eps,
-                _signed(key or 0),
+                signed(key or 0),
                 step.number,
-                WEIGHT_TYPE=_TYPES[weight_type],
-                GRADIENT_TYPE=_TYPES[gradient_type],
+                WEIGHT_TYPE=TYPES[weight_type],
+                GRADIENT_TYPE=TYPES[gradient_type],
                 STOCHASTIC=key is not None,
                 BLOCK=size,
                 LANES=lanes,
@@ -126,13 +123,3 @@ def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return _PROGRAMS_PER_CORE * int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@functools.lru_cache(maxsize=16)
-def _tensor_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    each = torch.tensor(counts, dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), each).to(device)
-
-
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
