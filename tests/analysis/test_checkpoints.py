@@ -105,6 +105,8 @@ def test_pairs_that_do_not_fit_are_named() -> None:
         (lambda folder: (folder.mkdir(), (folder / "model.safetensors").write_bytes(b"x" * 9)), "no whole safetensors"),
         (lambda folder: (sharded(folder, model()), next(folder.glob("*-of-*")).unlink()), "which is not there"),
         (lambda folder: (folder.mkdir(), (folder / checkpoints.INDEX).write_text("{}")), "is no index"),
+        (lambda folder: (folder.mkdir(), (folder / checkpoints.INDEX).write_text("[1]")), "is no index"),
+        (lambda folder: (folder.mkdir(), (folder / checkpoints.INDEX).write_bytes(b"\xff")), "is no index"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(make, words: str, tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_other_shapes_are_named(folders: list[str], tmp_path: Path, capsys: pyte
     assert "encoder.layer.0.query.weight has another shape than before: [2, 8], was [8, 8]" in refused(folders, capsys)
 
 
+def test_weights_that_are_not_finite_are_named(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mean over them would be no JSON."""
+    broken = weights()
+    broken["encoder.layer.1.query.weight"][3, 4] = torch.nan
+    out = tmp_path / "report"
+    pair = [*folders[:2], "--after", str(saved(tmp_path / "broken", broken)), "--out", str(out)]
+    assert "encoder.layer.1.query.weight holds weights that are not finite" in refused(pair, capsys)
+    assert not out.exists()
+
+
 def test_pickled_weights_are_refused(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "after" / "model.safetensors").rename(tmp_path / "after" / "pytorch_model.bin")
     assert "pickled weights only (pytorch_model.bin)" in refused(folders, capsys)

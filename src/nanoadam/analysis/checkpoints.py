@@ -53,7 +53,7 @@ class Checkpoint:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} is no index of safetensors files") from error
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:

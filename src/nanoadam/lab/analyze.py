@@ -38,7 +38,7 @@ def pair(before: Path, after: Path, skip_missing: bool = False, progress: Progre
         "only_after"}`; the entries of tensors, layers and total are those of `Shift.to_dict`.
 
     Raises:
-        ValueError: if one of them is no checkpoint, or the two do not fit; names what.
+        ValueError: if one of them is no checkpoint, the two do not fit, or a weight is not finite; names what.
     """
     tell = progress or (lambda what, done, total: None)
     old, new = analysis.Checkpoint(before), analysis.Checkpoint(after)
@@ -52,6 +52,10 @@ def pair(before: Path, after: Path, skip_missing: bool = False, progress: Progre
     shifts: dict[str, analysis.Shift] = {}
     tell("comparing", 0, len(matched.names))
     for done, (name, shift) in enumerate(analysis.changes(old, new, matched), start=1):
+        if not math.isfinite(shift.square):
+            raise ValueError(
+                f"{name} holds weights that are not finite in {before} or {after}: there is no distance to it"
+            )
         shifts[name] = shift
         tell(name, done, len(matched.names))
     layers: dict[int, analysis.Shift] = {}
