@@ -1,5 +1,6 @@
 """Two tasks in sequence on images in memory: what is put back, what is frozen, and what runs share."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ pytest.importorskip("transformers")
 import numpy as np
 import transformers
 
-from nanoadam.lab import forgetting, front, recipe, runs, vision
+from nanoadam.lab import forgetting, front, recipe, reproduce, runs, vision
 
 
 def mobilenet(classes: int = 3) -> Any:
@@ -245,6 +246,18 @@ def test_a_run_that_fails_loses_no_other(folder: Path, tmp_path: Path) -> None:
     assert stopped["fine"] is None
     rows = front.table(found, "trained", "fine", (0.0, 0.0))
     assert [row["front"] != [] for row in rows] == [False, False, True]
+
+
+def test_a_front_with_runs_that_stopped_says_so_and_is_json() -> None:
+    lines = [
+        {"kind": "task2", "method": "sgd", "norms": "trained", "start": "sgd", "seed": 0, "rate": rate, **found}
+        for rate, found in ((0.1, {"task2": 0.9, "task1_after": 0.5}), (3.0, {"task2": None, "stopped": "why"}))
+    ]
+    part = front.Part(("sgd",), start="own", seeds=(0,))
+    job = front.Front("m", ("a", "b"), ("c", "d"), {"sgd": front.Method("sgd", 0.1, (0.1, 3.0))}, (part,))
+    (row,) = reproduce.fronts_of(job, lines).rows
+    assert row["stopped"] == ["1 of 2 runs stopped"] and row["here"]["mean"] == pytest.approx(0.45)
+    assert [point["x"] for point in json.loads(json.dumps(row, allow_nan=False))["points"]] == [0.9, None]
 
 
 def test_no_run_begins_after_the_time_is_up(folder: Path, tmp_path: Path) -> None:

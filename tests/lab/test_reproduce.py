@@ -322,3 +322,21 @@ def test_every_gradient_is_seen_before_the_optimizer_takes_it(folder: Path, tmp_
     assert first[0] == first[1]  # before the first step nothing of them differs
     assert seen["adamw"].shift.touched == 1.0
     assert 0 < seen["nanoadam"].shift.touched < 0.3
+
+
+def test_a_run_that_diverges_leaves_the_measures_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoadam.lab import hyperbola
+
+    record = hyperbola._record
+
+    def some(config: Config, out: Path, steps: list[int]) -> hyperbola.Recorder:
+        if config.optimizer == "nanoadam":
+            raise finetune.Diverged("the loss is nan at step 3")
+        return record(config, out, steps)
+
+    monkeypatch.setattr(hyperbola, "_record", some)
+    chosen = recipe.load("gradient-weight", "smoke").only(["bert-base", "finetuned", "nanoadam"])
+    rows, _ = hyperbola.run(chosen, experiments.Setting(tmp_path))
+    assert {row["variant"] for row in rows if row["here"] is not None} == {"finetuned"}
+    (lost,) = [row for row in rows if row["here"] is None]
+    assert (lost["variant"], lost["stopped"], lost["runs"]) == ("nanoadam", ["the loss is nan at step 3"], 0)

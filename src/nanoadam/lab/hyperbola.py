@@ -6,12 +6,14 @@ the optimizer does.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -88,19 +90,32 @@ def run(recipe: Recipe, setting: Setting) -> tuple[list[Row], list[Figure]]:
         for seed in recipe.keys["seeds"]
     ]
     found: dict[tuple[str, str, str], list[Recorder]] = {}
+    stopped: dict[tuple[str, str, str], list[str]] = {}
     for number, (model, task, variant, own, seed) in enumerate(cases):
         setting.tell(f"{model}, {task}, {variant}, seed {seed}", number, len(cases))
         options = {key: value for key, value in own.items() if key != "learning_rates"}
         keys = {**experiments.keys(recipe, model, task, setting), **options, "save_model": False}
         config = Config(**{**keys, "learning_rate": own["learning_rates"][0], "seed": seed})
-        recorder = _record(config, setting.out / model / task / f"{variant}-{seed}", recipe.keys["steps"])
+        try:
+            recorder = _record(config, setting.out / model / task / f"{variant}-{seed}", recipe.keys["steps"])
+        except (finetune.Diverged, torch.OutOfMemoryError) as error:  # the other runs go on
+            stopped.setdefault((model, task, variant), []).append(str(error).strip().splitlines()[0])
+            continue
         found.setdefault((model, task, variant), []).append(recorder)
         for record in recorder.gradients:
             where = {"model": model, "task": task, "variant": variant, "seed": seed}
-            value = {key: value for key, value in record["value"].items() if key != "points"}
+            value = {key: None if v != v else v for key, v in record["value"].items() if key != "points"}
             runs.append(setting.out / "gradients.jsonl", {**where, **record, "value": value})
     rows = [row for key, recorders in found.items() for row in _rows(recipe, *key, recorders)]
+    rows += [_stopped(*key, reasons) for key, reasons in stopped.items()]
     return rows, [_planes(key, recorders[0]) for key, recorders in found.items() if recorders[0].gradients]
+
+
+def _stopped(model: str, task: str, variant: str, reasons: list[str]) -> Row:
+    return {
+        "model": model, "task": task, "measure": "r", "variant": variant, "rate": None, "paper": None, "here": None,
+        "runs": 0, "stopped": reasons,
+    }  # fmt: skip
 
 
 def _record(config: Config, out: Path, steps: Sequence[int]) -> Recorder:
@@ -118,6 +133,7 @@ def _rows(recipe: Recipe, model: str, task: str, variant: str, recorders: Sequen
     values: dict[str, list[float]] = {}
 
     def add(measure: str, numbers: Sequence[float]) -> None:
+        numbers = [number for number in numbers if not math.isnan(number)]
         if numbers:
             values.setdefault(measure, []).append(statistics.mean(numbers))
 

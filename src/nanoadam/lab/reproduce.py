@@ -177,7 +177,7 @@ def fronts_of(job: Any, lines: Sequence[Mapping[str, Any]]) -> Found:
             table = front.table(lines, norms, start, reference)
             if table:
                 what = f"BatchNorm {norms}, {'each its own task 1' if start is None else f'task 1 by {start}'}"
-                rows += [_area(row, what) for row in table]
+                rows += [_area(row, what, lines, norms, start) for row in table]
                 labels = "task 2, test accuracy", "task 1 afterwards, test accuracy"
                 figures.append(fronts.figure(table, labels, f"{what}; areas from {reference}"))
     return Found(
@@ -185,11 +185,16 @@ def fronts_of(job: Any, lines: Sequence[Mapping[str, Any]]) -> Found:
     )
 
 
-def _area(row: Mapping[str, Any], what: str) -> Row:
-    here = {"mean": row["area_mean"], "std": row["area_std"]}
+def _area(row: Mapping[str, Any], what: str, lines: Sequence[Mapping[str, Any]], norms: str, start: str | None) -> Row:
+    here, method = {"mean": row["area_mean"], "std": row["area_std"]}, row["method"]
+    points = [{key: None if v != v else v for key, v in point.items()} for point in row["points"]]  # JSON has no NaN
+    where = ("task2", method, norms, start or method)
+    own = [line for line in lines if (line["kind"], line["method"], line["norms"], line["start"]) == where]
+    lost = sum("stopped" in line for line in own)
     return {
-        "model": what, "task": "both", "measure": "area", "variant": row["method"], "rate": None, "paper": None,
-        "here": here, "runs": row["seeds"], "of_means": row["area"], "points": row["points"],
+        "model": what, "task": "both", "measure": "area", "variant": method, "rate": None, "paper": None,
+        "here": here, "runs": row["seeds"], "of_means": row["area"], "points": points,
+        **({"stopped": [f"{lost} of {len(own)} runs stopped"]} if lost else {}),
     }  # fmt: skip
 
 
