@@ -2,6 +2,12 @@
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +53,35 @@ def test_no_process_outlives_the_work() -> None:
     assert multiprocessing.active_children()
     results.close()
     assert not multiprocessing.active_children()
+
+
+def test_no_process_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\nfrom pathlib import Path\nfrom nanoadam.lab import pool\n"
+        "def work(name):\n    Path(name).with_suffix('.part').write_text(str(os.getpid()))\n"
+        "    os.replace(Path(name).with_suffix('.part'), name)\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n    list(pool.each(work, sys.argv[1:], 2, lambda *_: None))\n"
+    )
+    files = [tmp_path / "a", tmp_path / "b"]
+    parent = subprocess.Popen([sys.executable, str(program), *map(str, files)])
+    _until(lambda: all(file.exists() for file in files))
+    workers = [int(file.read_text()) for file in files]
+    assert all(map(_runs, workers))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    _until(lambda: not any(map(_runs, workers)))
+
+
+def _runs(process: int) -> bool:
+    """Also a process that has ended is there until somebody has asked for its code, which nobody may."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False)
+    return state.stdout.strip()[:1] not in ("", "Z")
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if reached():
+            return
+        time.sleep(0.1)
+    raise AssertionError("not within two minutes")

@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -145,6 +146,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def _serve(pipe: Connection, work: Callable[[Any], Any], threads: int) -> None:
     """What a process does: items, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -153,6 +155,14 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], threads: int) -> None:
             pipe.send((result, sound))
             if not sound:
                 return
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed must not go on writing where the next one begins again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _sound() -> bool:
