@@ -355,7 +355,14 @@ def compare(
         results = lab.resume(folder, tell, jobs) if comparison is None else lab.run(comparison, folder, tell, jobs)
     if as_json:
         print(json.dumps({"out": str(folder), **results}))
-        return
+    else:
+        _print_comparison(results, folder)
+    if all(row["learning_rate"] is None for row in results["table"]):
+        why = next((reason for row in results["table"] for reason in row["stopped"]), "no run is finished")
+        raise ValueError(f"no variant has a result: {why}")
+
+
+def _print_comparison(results: dict[str, Any], folder: Path) -> None:
     from nanoadam.lab import tables
 
     console = _console()
@@ -552,11 +559,14 @@ def bench(
 
 def _grids(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """Grids by name, "" for the rest, from texts like "1e-5,1e-4" and "adamw=1e-5,1e-4"."""
-    found = {}
+    found: dict[str, tuple[float, ...]] = {}
     for text in texts:
         name, equals, values = text.rpartition("=")
         if equals and not name:
             raise ValueError(f"--learning-rates must be like 1e-5,1e-4 or adamw=1e-5,1e-4, got {text!r}")
+        if name.strip() in found:
+            whose = f" for {name.strip()}" if name else ""
+            raise ValueError(f"--learning-rates{whose} is given twice: put all rates into one, like 1e-5,1e-4")
         found[name.strip()] = _list("learning_rates", values, float)
     return found
 

@@ -214,6 +214,76 @@ def test_resume_takes_no_other_options_and_no_other_data(
     assert "the train data is not what it was" in capsys.readouterr().err
 
 
+def test_resume_mixes_no_two_configs_but_takes_more_runs(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    text = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace("max_steps = 2", "max_steps = 3"))
+    assert cli.main(["compare", "--resume", str(copy)]) == 2
+    assert "max_steps in " in capsys.readouterr().err
+    more = re.sub(r"(?s)(\[compare\.variants\.nanoadam\].*?learning_rates = \[)", r"\g<1>1e-3, ", text)
+    assert more != text
+    (copy / "config.toml").write_text(more)
+    assert cli.main(["compare", "--resume", str(copy)]) == 0
+    assert len(json.loads((copy / "manifest.json").read_text())["results"]["runs"]) == 10
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", "{}", '{"command": "nanoadam finetune"}'])
+def test_only_a_comparison_is_gone_on_with(
+    whole: Path, manifest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").write_text((whole / "config.toml").read_text())
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 1}\n')
+    (tmp_path / "manifest.json").write_text(manifest)
+    assert cli.main(["compare", "--resume", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path) in error
+
+
+def test_a_line_after_one_that_was_cut_off_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    runs.append(path, {"step": 1})
+    path.write_text(path.read_text() + '{"step": 2, "lo')
+    runs.append(path, {"step": 3})
+    runs.append(path, {"step": 4})
+    assert [line["step"] for line in runs.read_lines(path)] == [1, 3, 4]
+
+
+def test_paths_of_variants_are_kept_whole(
+    job: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Path(str(job["retain"]))
+    monkeypatch.chdir(old.parent)
+    config = compare.Config(task="causal-lm", model=str(job["model"]), train=str(job["train"]))
+    own = compare.variants(sections={"sgd": {"retain": [old.name], "model": "llama"}, "adamw": {}})
+    made = compare.Comparison(config, own, (0,)).resolved()
+    assert made.variants[0].overrides == {"optimizer": "sgd", "retain": (str(old),), "model": str(job["model"])}
+    assert made.resolved() == made
+
+
+def test_a_comparison_without_any_result_is_refused_after_it_was_written(
+    job: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {**job, "optimizers": "sgd", "learning-rates": "1e30", "max-steps": 4, "seeds": "0", "log-every": 1}
+    assert cli.main([*command(small, tmp_path / "run"), "--json"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["table"][0]["learning_rate"] is None
+    assert said.err.startswith("nanoadam: no variant has a result: the ")
+    assert said.err.count("\n") == 1
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_grid_given_twice_is_refused_rather_than_forgotten(
+    job: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for again in ("1e-3", "adamw=1e-3"):
+        options = command(job, tmp_path / "run", learning_rates=again)
+        assert cli.main([*options, "--learning-rates", again.replace("3", "4")]) == 2
+        assert "is given twice" in capsys.readouterr().err
+
+
 VARIANTS = """
 [compare]
 seeds = [0]
@@ -290,6 +360,10 @@ def test_the_selection_of_a_static_mask_is_made_once(job: dict[str, object], tmp
         ("[compare]\nvariants = 3", ["variants must be sections like [compare.variants.NAME]"]),
         ("[compare]\noptimizers = ['sgd']\n[compare.variants.a]", ["give either optimizers or variants"]),
         ("[compare]\nvariants = {}", ["variants is empty"]),
+        ("[compare]\noptimizers = 'sgd'", ["optimizers must be a list of names, got 'sgd'"]),
+        ("[compare]\noptimizers = [1]", ["optimizers must be a list of names"]),
+        ("[compare]\nseeds = 3", ["seeds must be a list of whole numbers, got 3"]),
+        ("[compare]\nseeds = [[1]]", ["seeds must be a list of whole numbers"]),
     ],
     ids=str,
 )
@@ -310,6 +384,7 @@ def test_a_bad_variant_is_one_sentence(
         ({"learning_rates": "1e-3,fast"}, ["--learning-rates must be numbers"]),
         ({"learning_rates": "nanadam=1e-3"}, ["a grid for 'nanadam', which is no variant", "'nanoadam'?"]),
         ({"learning_rates": "adamw=1e-3,0.001"}, ["learning_rates of adamw holds something twice"]),
+        ({"optimizers": ""}, ["optimizer '' is unknown. Known: nanoadam"]),
         ({"optimizers": "adamw,adamw"}, ["optimizers holds something twice"]),
         ({"seeds": "1,1"}, ["seeds holds something twice"]),
         ({"retain": "nowhere.txt"}, ["there is no text file nowhere.txt"]),

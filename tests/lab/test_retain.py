@@ -173,6 +173,9 @@ def test_what_was_known_is_measured_once_for_models_that_are_the_same(root: Path
         (("old.txt",), ["old.txt: a text file is for language models"]),
         (("bare.jsonl",), ["bare.jsonl has no column called"]),
         (("pairs.jsonl", "copy/pairs.jsonl"), ["two files called pairs"]),
+        (("single.jsonl",), ["single.jsonl has one row only with label 'bad'"]),
+        (("few.jsonl",), ["few.jsonl has 10 rows for 5 labels"]),
+        (("latin.jsonl",), ["line 1 of", "latin.jsonl is no UTF-8 text"]),
     ],
     ids=str,
 )
@@ -183,6 +186,9 @@ def test_what_cannot_be_retained_is_one_sentence(
     (root / "copy").mkdir(exist_ok=True)
     (root / "copy" / "pairs.jsonl").write_text((root / "pairs.jsonl").read_text())
     tiny.jsonl(root / "bare.jsonl", [{"x": "y"}])
+    tiny.jsonl(root / "single.jsonl", [{"text": "good", "label": "bad" if i == 3 else "good"} for i in range(9)])
+    tiny.jsonl(root / "few.jsonl", [{"text": "good", "label": i // 2} for i in range(10)])
+    (root / "latin.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 1}\n')
     arguments = ["--model", str(root / "bert"), "--train", str(root / "train.jsonl"), "--out", str(tmp_path / "run")]
     retained = ",".join(str(root / name) for name in files)
     assert cli.main(["finetune", *arguments, "--retain", retained]) == 2

@@ -7,6 +7,7 @@ what is measured of forgetting takes no part in the choice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -96,6 +97,9 @@ class Comparison:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
+        seeds: Any = self.seeds
+        if not isinstance(seeds, (list, tuple)) or not all(isinstance(seed, int) for seed in seeds):
+            raise ValueError(f"seeds must be a list of whole numbers, got {seeds!r}")
         names = tuple(variant.name for variant in self.variants)
         for what, values in (("variants", names), ("seeds", self.seeds)):
             if not values:
@@ -112,6 +116,15 @@ class Comparison:
 
     def _config(self, variant: Variant, learning_rate: float, seed: int) -> Config:
         return dataclasses.replace(self.config, **variant.overrides, learning_rate=learning_rate, seed=seed)
+
+    def resolved(self) -> Comparison:
+        """With whole paths, so that it can be gone on with from anywhere."""
+        made = []
+        for variant in self.variants:
+            whole = self._config(variant, variant.learning_rates[0], self.seeds[0]).resolved()
+            own = {key: getattr(whole, key) for key in variant.overrides}
+            made.append(dataclasses.replace(variant, overrides=own))
+        return dataclasses.replace(self, config=self.config.resolved(), variants=tuple(made))
 
     def cases(self) -> list[Case]:
         """Every run there is, variant by variant."""
@@ -178,6 +191,8 @@ def variants(
     if not isinstance(sections or {}, dict) or not all(isinstance(own, dict) for own in (sections or {}).values()):
         raise ValueError("variants must be sections like [compare.variants.NAME]")
     if names is not None:
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"optimizers must be a list of names, got {names!r}")
         if len(set(names)) < len(names):
             raise ValueError(f"optimizers holds something twice: {', '.join(names)}")
         for name in names:
@@ -226,7 +241,7 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None, job
         FileExistsError: `out` is a file or holds files.
         ValueError, ImportError: for whatever the job can get wrong, before the first run.
     """
-    comparison = dataclasses.replace(comparison, config=comparison.config.resolved())
+    comparison = comparison.resolved()
     if out.exists():
         runs.prepare_folder(out)
     job = _prepared(comparison, jobs)
@@ -240,7 +255,7 @@ def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[s
     """Go on with a comparison: runs that are finished are read, all others begin again.
 
     Raises:
-        ValueError: if `out` holds no comparison, or the data is not what it was.
+        ValueError: if `out` holds no comparison, or the data or the config of a finished run is not what it was.
     """
     comparison, before = load(out)
     job = _prepared(comparison, jobs)
@@ -248,6 +263,17 @@ def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[s
         then, now = (found["data"].get(split, {}).get("sha256_of_rows") for found in (before, job))
         if then != now:
             raise ValueError(f"the {split} data is not what it was when {out} began: the table would mix two jobs")
+    done = finished(comparison, out)
+    for case in comparison.cases():
+        written = out / "runs" / case.name / "config.toml"
+        if case.key in done and written.is_file():
+            then_config = Config(**configs.read(written))
+            changed = [key for key in FIELDS if getattr(then_config, key) != getattr(case.config, key)]
+            if changed:
+                raise ValueError(
+                    f"{changed[0]} in {out / 'config.toml'} is not what it was when the run {case.name} was made: the "
+                    "table would mix two jobs; set it back, or begin anew with --out"
+                )
     return _go(comparison, out, job, progress, jobs)
 
 
@@ -259,10 +285,19 @@ def load(out: Path) -> tuple[Comparison, dict[str, Any]]:
     """
     if not (out / "config.toml").is_file() or not (out / "manifest.json").is_file():
         raise ValueError(f"{out} holds no comparison: there is no config.toml with a manifest.json in it")
-    keys = configs.read(out / "config.toml", {"compare": KEYS})
-    comparison = made(keys)
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = _read(out / "manifest.json")
+    if manifest.get("command") != "nanoadam compare":
+        raise ValueError(f"{out} holds no comparison, but a folder of {manifest.get('command', 'something else')}")
+    comparison = made(configs.read(out / "config.toml", {"compare": KEYS}))
     return comparison, {**manifest, "results": _results(comparison, manifest, finished(comparison, out))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def made(keys: dict[str, Any]) -> Comparison:
@@ -281,7 +316,7 @@ def finished(comparison: Comparison, out: Path) -> dict[Key, Outcome]:
         line = lines.get(case.key)
         manifest = out / "runs" / case.name / "manifest.json"
         if line is None and manifest.is_file():  # killed between the end of the run and its line
-            results = json.loads(manifest.read_text())["results"]
+            results = _read(manifest).get("results")
             line = None if results is None else _outcome(case, results)
         if line is not None and not line.get("failed"):
             found[case.key] = line
@@ -396,8 +431,9 @@ def _one(task: _Task) -> Outcome:
     except finetune.Diverged as error:
         return {**_outcome(case, None), "stopped": str(error)}
     except Exception as error:  # libraries raise what they like: the other runs are to go on
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "error.txt").write_text(traceback.format_exc())
+        with contextlib.suppress(OSError):  # the disk may be full
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "error.txt").write_text(traceback.format_exc())
         reason = next(iter(str(error).strip().splitlines()), "")
         what = reason if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {reason}"
         return {**_outcome(case, None), "stopped": what, "failed": True}

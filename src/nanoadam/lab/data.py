@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,16 +192,30 @@ def _hub(name: str) -> Split:
 # Files ---------------------------------------------------------------------------------------------------
 
 
+def utf8(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: if it is in another encoding, or no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
 def _jsonl(path: Path, _: Sequence[str]) -> Dataset:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} of {path} is no JSON: {error.msg} at column {error.colno}") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} of {path} is no UTF-8 text: {error.reason}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {path} is no JSON object, but {type(row).__name__}")
             rows.append(row)
@@ -209,7 +224,7 @@ def _jsonl(path: Path, _: Sequence[str]) -> Dataset:
 
 def _json(path: Path, _: Sequence[str]) -> Dataset:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(utf8(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno} of {path} is no JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
@@ -236,12 +251,20 @@ def _table(separator: str) -> Callable[[Path, Sequence[str]], Dataset]:
         quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         names = list(columns) or None
         try:
-            frame = pandas.read_csv(
-                path, sep=separator, quoting=quoting, names=names, header=None if names else 0, index_col=False,
-                keep_default_na=False, na_values=[""],
-            )  # fmt: skip
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pandas.errors.ParserWarning)  # fewer names than there are columns
+                frame = pandas.read_csv(
+                    path, sep=separator, quoting=quoting, names=names, header=None if names else 0, index_col=False,
+                    keep_default_na=False, na_values=[""],
+                )  # fmt: skip
         except pandas.errors.EmptyDataError:
             return Dataset.from_list([])
+        except pandas.errors.ParserWarning as error:
+            raise ValueError(
+                f"{path} has more columns than names ({', '.join(columns)}): name all with --columns"
+                if names
+                else f"{path} has rows with more fields than its first line names"
+            ) from error
         except (pandas.errors.ParserError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read as a table: {error}") from error
         return Dataset.from_pandas(frame, preserve_index=False)

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def before(measures: dict[str, Measure], config: Config, model: nn.Module) -> di
     digest = hashlib.blake2b()
     inner: Any = _inner(model)
     for name, parameter in pretrained(model).items():
-        if name.startswith(f"{inner.base_model_prefix}.") or inner.base_model is inner:
+        if config.task == "causal-lm" or name.startswith(f"{inner.base_model_prefix}.") or inner.base_model is inner:
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     files = tuple(data.stamp(name) for name in config.retain)
     device = next(model.parameters()).device.type
@@ -113,7 +114,7 @@ def _measure(name: str, config: Config, processor: Any) -> Measure:
 
 
 def _token_loss(path: Path, tokenizer: Any) -> Measure:
-    text = path.read_text(encoding="utf-8")
+    text = data.utf8(path)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < 2:
         raise ValueError(f"{path} holds fewer than two tokens: there is nothing to retain")
@@ -189,8 +190,17 @@ def _pooled(output: Any) -> Tensor:
 
 
 def _labels(split: data.Split) -> list[int]:
+    """Each row's class; refuses before the run what the probe could not be fitted to after it."""
     column = split.column("retain", None, data.LABEL)
-    return data.class_ids(split, column, data.label_names(split, column))
+    names = data.label_names(split, column)
+    labels = data.class_ids(split, column, names)
+    for label, count in Counter(labels).items():
+        if count < 2:
+            raise ValueError(f"{split.name} has one row only with {column} {names[label]!r}: a probe needs two of each")
+    if math.ceil(PROBE_TEST * len(labels)) < len(set(labels)):
+        raise ValueError(f"{split.name} has {len(labels)} rows for {len(set(labels))} labels: a probe needs four times "
+                         "as many rows as labels")  # fmt: skip
+    return labels
 
 
 def _probe(features: Tensor, labels: Sequence[int]) -> Measured:

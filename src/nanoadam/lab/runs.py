@@ -81,9 +81,11 @@ def publish(folder: Path, final: Path) -> None:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """One line of JSON at the end of a file, in one write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """One line of JSON at the end of a file, in one write; a line that was cut off before it stays alone."""
+    with path.open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -139,5 +141,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """What a message says after an unknown name: the nearest known one, then all of them if they are few."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 12 else hint
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 12 else hint.rstrip(".")

@@ -145,5 +145,6 @@ def _memory(results: dict[str, Any]) -> Figure:
             left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set(xlabel="MB (1e6 bytes)", title="Memory by kind")
     axes.invert_yaxis()
-    axes.legend(fontsize=8)
+    if axes.patches:
+        axes.legend(fontsize=8)
     return figure
