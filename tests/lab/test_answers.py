@@ -90,6 +90,27 @@ def test_rows_of_every_kind_of_file(tmp_path: Path) -> None:
         answers.read_rows(tmp_path / "empty.json")
 
 
+@pytest.mark.parametrize(
+    ("row", "kind", "column"),
+    [
+        ({"question": "why?"}, "gsm8k", "answer"),
+        ({"question": "why?", "answer": 3}, "gsm8k", "answer"),
+        ({"instruction": "do", "input": "", "answer": "true"}, "commonsense", "output"),
+    ],
+)
+def test_a_row_that_could_not_be_judged_is_named_before_any_training(
+    row: dict[str, object], kind: str, column: str, tmp_path: Path
+) -> None:
+    good = dict.fromkeys(answers.COLUMNS[kind], "x")
+    (tmp_path / "rows.json").write_text(json.dumps([good, row]))
+    assert len(answers.read_rows(tmp_path / "rows.json")) == 2
+    with pytest.raises(ValueError, match=f"a text '{column}' in each row, and row 2 has none"):
+        answers.read_rows(tmp_path / "rows.json", answers.COLUMNS[kind])
+    (tmp_path / "broken.jsonl.xz").write_bytes(b"no xz")
+    with pytest.raises(ValueError, match="broken.jsonl.xz cannot be read"):
+        answers.read_rows(tmp_path / "broken.jsonl")
+
+
 def test_every_prompt_is_answered_in_its_place() -> None:
     """A model that counts upwards: what follows a prompt depends on its last token alone, whatever the padding."""
     pytest.importorskip("transformers")

@@ -33,6 +33,9 @@ COMMONSENSE = {
 }
 """The tests by the names of their folders, and the words that are answers."""
 
+COLUMNS = {"gsm8k": ("question", "answer"), "commonsense": ("instruction", "output", "answer")}
+"""What a row holds, as text, by format."""
+
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 
 _INSTRUCTION = (
@@ -46,23 +49,33 @@ _INSTRUCTION_WITH_INPUT = (
 )
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     """Rows of a .json or .jsonl file, which may be packed (.xz).
 
+    Args:
+        path: of the file.
+        columns: what each row must hold as text: an answer that is missing would be noticed after hours of training.
+
     Raises:
-        ValueError: if there is no such file, or it holds no rows.
+        ValueError: if there is no such file, it holds no rows, or one of them lacks a column.
     """
     found = next((p for p in places(path) if p.is_file()), None)
     if found is None:
         raise ValueError(f"there is no file {path}: --data names the folder that it is in")
     raw = found.read_bytes()
-    text = (lzma.decompress(raw) if found.suffix == ".xz" else raw).decode("utf-8")
     try:
+        text = (lzma.decompress(raw) if found.suffix == ".xz" else raw).decode("utf-8")
         rows = [json.loads(line) for line in text.splitlines() if line] if ".jsonl" in found.name else json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{found} is no JSON: {error.msg} in line {error.lineno}") from error
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{found} cannot be read: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{found} must hold a list of objects")
+    for number, row in enumerate(rows, start=1):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{found} must hold a text {column!r} in each row, and row {number} has none")
     return rows
 
 

@@ -359,9 +359,10 @@ def _tests(recipe: Recipe, setting: Setting) -> tuple[dict[str, list[Row]], dict
         tests = {name: smoke.questions(kind, 4, name) for name in recipe.table("tasks") if name != "train"}
     else:
         assert setting.data is not None  # see `check`
-        rows = answers.read_rows(setting.data / recipe.keys["tasks"]["train"]["file"])
+        columns = answers.COLUMNS[kind]
+        rows = answers.read_rows(setting.data / recipe.keys["tasks"]["train"]["file"], columns)
         tests = {
-            name: answers.read_rows(setting.data / own["file"])
+            name: answers.read_rows(setting.data / own["file"], columns)
             for name, own in recipe.table("tasks").items()
             if name != "train"
         }
