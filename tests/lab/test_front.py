@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import numpy as np
 import transformers
 
-from nanoadam.lab import forgetting, front, recipe, reproduce, runs, vision
+from nanoadam.lab import experiments, forgetting, front, recipe, reproduce, runs, vision
 
 
 def mobilenet(classes: int = 3) -> Any:
@@ -89,6 +89,14 @@ def test_rows_are_resized_and_chosen_by_a_seed(folder: Path) -> None:
     assert torch.equal(few.pixels, load(rows=6).pixels)
     assert few.labels.tolist() != load(rows=6, order=1).labels.tolist()
     assert few.classes == 3
+
+
+@pytest.mark.parametrize("kept", [0, 10, 400, -30])
+def test_a_file_that_was_cut_off_is_named(kept: int, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.npz").write_bytes((folder / "old-train.npz").read_bytes()[:kept])
+    for read in (vision.read_arrays, lambda path: experiments.split_medmnist(path, tmp_path / "parts")):
+        with pytest.raises(ValueError, match="cut.npz cannot be read as an npz file"):
+            read(tmp_path / "cut.npz")
 
 
 def test_accuracy_leaves_the_modules_as_they_were(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nanoadam.lab import answers, compare, finetune, forgetting, models, runs, smoke
+from nanoadam.lab import answers, compare, finetune, forgetting, models, runs, smoke, vision
 from nanoadam.lab.config import FIELDS, Config
 from nanoadam.lab.recipe import Recipe, merged
 
@@ -266,13 +266,13 @@ def split_medmnist(path: Path, folder: Path) -> dict[str, str]:
 
     found = {}
     folder.mkdir(parents=True, exist_ok=True)
-    with np.load(path, allow_pickle=False) as arrays:
-        for key, split in (("train", "train"), ("validation", "test")):
-            if f"{split}_images" not in arrays.files or f"{split}_labels" not in arrays.files:
-                raise ValueError(f"{path} holds no {split}_images and {split}_labels: it is no MedMNIST file")
-            found[key] = str(folder / f"{path.stem}-{split}.npz")
-            labels = arrays[f"{split}_labels"].reshape(-1)
-            np.savez(found[key], images=arrays[f"{split}_images"], labels=labels.astype(np.int64))
+    arrays = vision.read_npz(path)
+    for key, split in (("train", "train"), ("validation", "test")):
+        if f"{split}_images" not in arrays or f"{split}_labels" not in arrays:
+            raise ValueError(f"{path} holds no {split}_images and {split}_labels: it is no MedMNIST file")
+        found[key] = str(folder / f"{path.stem}-{split}.npz")
+        labels = arrays[f"{split}_labels"].reshape(-1)
+        np.savez(found[key], images=arrays[f"{split}_images"], labels=labels.astype(np.int64))
     return found
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,21 @@ def read_scale(folder: Path) -> Scale:
     return Scale(tuple(found.get("image_mean", Scale.mean)), tuple(found.get("image_std", Scale.deviation)))
 
 
+def read_npz(path: Path) -> dict[str, Any]:
+    """Every array of an npz file, by name.
+
+    Raises:
+        ValueError: if it is none, or a broken one; pickled objects are never loaded.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as an npz file of arrays: {error}") from error
+
+
 def read_arrays(path: Path) -> tuple[Any, Any]:
     """Images and labels of an npz file: arrays `images` (uint8 [n, height, width(, 3)]) and `labels` ([n]).
 
@@ -80,11 +97,7 @@ def read_arrays(path: Path) -> tuple[Any, Any]:
     """
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an npz file of arrays: {error}") from error
+    found = read_npz(path)
     if not {"images", "labels"} <= found.keys():
         raise ValueError(f"{path} must hold the arrays images and labels, and holds {', '.join(found) or 'none'}")
     images, labels = found["images"], found["labels"]
