@@ -56,7 +56,7 @@ def settings(runs: Sequence[dict[str, Any]]) -> str:
 
 def found(runs: Sequence[dict[str, Any]], left: str, reference: fronts.Point) -> list[dict[str, Any]]:
     """`fronts.table` of the metric and of what is left of a measure."""
-    points = [{**run, "left": run["retained"][left]["after"]} for run in runs]
+    points = [{**run, "left": None if run["metric"] is None else run["retained"][left]["after"]} for run in runs]
     return fronts.table(points, ("metric", "left"), reference, variant, rate)
 
 
@@ -66,6 +66,9 @@ def summary(runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], left
     lines = []
     for row in rows:
         best = chosen[row["method"]]
+        if best["learning_rate"] is None:  # every rate has a run that diverged
+            lines.append([row["method"], len(row["points"]), "none", "", "", "", *["-"] * (2 + len(levels))])
+            continue
         means = [(point["x"], point["y"]) for point in row["points"]]
         rates = sorted(point["setting"] for point in row["points"])
         edge = "lower" if best["learning_rate"] == rates[0] else "upper" if best["learning_rate"] == rates[-1] else ""
@@ -105,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             f"not every run has {options.left!r}; there is {', '.join(runs[0]['retained']) if runs else 'no run'}"
         )
-    rows = found(runs, options.left, tuple(options.reference))
-    print(settings(runs), summary(runs, rows, options.left, options.level), sep="\n\n")
+    rows = found(lines, options.left, tuple(options.reference))  # with those that diverged: their rates have no mean
+    print(settings(runs), summary(lines, rows, options.left, options.level), sep="\n\n")
     if options.svg:
         figure = fronts.figure(rows, ("metric of the new task", f"left of {options.left}"), options.title)
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fronts"}):
