@@ -124,6 +124,10 @@ def test_files_that_are_not_what_they_are_called(refused, tmp_path: Path) -> Non
     refused({"train": tmp_path / "train.txt"}, "unknown format .txt")
     (tmp_path / "ragged.csv").write_text('text,label\na,0\n"b,1\n')
     refused({"train": tmp_path / "ragged.csv"}, "ragged.csv cannot be read as a table")
+    (tmp_path / "four.tsv").write_text("g\t1\t*\tgood\n" * 4)
+    refused({"train": tmp_path / "four.tsv", "columns": "text,label"}, "more columns than names (text, label)")
+    (tmp_path / "latin.json").write_bytes(b'[{"text": "caf\xe9", "label": 1}]')
+    refused({"train": tmp_path / "latin.json"}, "latin.json is no UTF-8 text")
     (tmp_path / "mixed.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": "bad"}\n')
     refused({"train": tmp_path / "mixed.jsonl"}, "mixed.jsonl mixes types within a column")
 

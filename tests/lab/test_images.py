@@ -107,5 +107,8 @@ def test_arrays_that_are_no_images(vit: Path, tmp_path: Path, capsys: pytest.Cap
     assert "must hold the arrays images and labels, and holds x" in refused(vit, path, tmp_path / "run", capsys)
     np.savez(path, images=np.array([{}], dtype=object), labels=np.arange(1))
     assert "cannot be read as an npz file of arrays" in refused(vit, path, tmp_path / "run", capsys)
+    for content in (b"", b"PK\x03\x04 and no more"):
+        path.write_bytes(content)
+        assert "cannot be read as an npz file of arrays" in refused(vit, path, tmp_path / "run", capsys)
     (tmp_path / "empty").mkdir()
     assert "one subfolder of images for each label" in refused(vit, tmp_path / "empty", tmp_path / "run", capsys)

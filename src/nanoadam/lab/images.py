@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,12 @@ def read_npz(path: Path) -> Dataset:
     """Rows from the arrays of an npz file.
 
     Raises:
-        ValueError: as `vision.read_arrays`.
+        ValueError: as `vision.read_arrays`, and if it is no npz file.
     """
-    images, labels = vision.read_arrays(path)
+    try:
+        images, labels = vision.read_arrays(path)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as an npz file of arrays: {error}") from error
     return Dataset.from_dict({"image": [_png(image) for image in images], "label": labels.tolist()})
 
 
