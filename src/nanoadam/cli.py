@@ -8,7 +8,6 @@ import functools
 import importlib
 import inspect
 import json
-import logging
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -533,7 +532,6 @@ def bench(
     """Every optimizer alone on random tensors of a model's shapes: state, time of a step, peak, and ratio to AdamW."""
     for module in ("matplotlib", "numpy"):
         importlib.import_module(module)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from nanoadam.lab import bench as lab
 
     settings = lab.Settings(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -405,3 +406,42 @@ def test_bad_input_is_one_sentence(
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_what_is_finished_is_kept(
+    job: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "run"
+    small = {**job, "optimizers": "sgd", "learning-rates": "1e-3", "retain": job["retain"]}
+    before, going = resource.getrlimit(resource.RLIMIT_FSIZE), runs.append
+
+    def append(path: Path, record: dict[str, object]) -> None:
+        going(path, record)
+        if path == out / "metrics.jsonl":  # the first run is done: nothing can be written any more
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, before[1]))
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "append", append)
+            assert cli.main(command(small, out)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "could not be written (File too large): make room on the disk, then go on with --resume" in error
+    assert len(compare.finished(compare.load(out)[0], out)) == 1
+    assert cli.main(["compare", "--resume", str(out)]) == 0
+    assert len(json.loads((out / "manifest.json").read_text())["results"]["runs"]) == 2
+
+
+def test_nothing_is_said_where_there_is_no_terminal(tmp_path: Path) -> None:
+    options = {
+        "model": tiny.bert_folder(tmp_path / "bert"), "train": tiny.jsonl(tmp_path / "rows", tiny.sentences(8)).rename(
+            tmp_path / "rows.jsonl"), "validation-rows": 1, "max-steps": 1, "log-every": 10, "jobs": 2, "seeds": 0,
+        "learning-rates": "1e-3", "device": "cpu",
+    }  # fmt: skip
+    line = [sys.executable, "-m", "nanoadam.cli", *command(options, tmp_path / "run"), "--json"]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [row["variant"] for row in json.loads(ended.stdout)["table"]] == ["adamw", "nanoadam"]

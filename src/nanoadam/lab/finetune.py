@@ -61,7 +61,6 @@ class Job:
 
 def quiet() -> None:
     """What a run has to say it says itself, and errors as one sentence."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses kernels that it can do without
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()

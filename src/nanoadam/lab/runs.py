@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import json
 import os
@@ -42,6 +43,11 @@ def prepare_folder(out: Path) -> None:
 
 def write(path: Path, content: str | bytes) -> None:
     """All of it or nothing: a killed run leaves no half-written file under the final name."""
+    with _named(path):
+        _write(path, content)
+
+
+def _write(path: Path, content: str | bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -82,10 +88,23 @@ def publish(folder: Path, final: Path) -> None:
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """One line of JSON at the end of a file, in one write; a line that was cut off before it stays alone."""
-    with path.open("a+b") as file:
+    with _named(path), path.open("a+b") as file:
         file.seek(max(0, file.tell() - 1))
         torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the system says of a full disk does not say which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(
+            f"{path} could not be written ({error.strerror}): make room on the disk, then go on with --resume"
+        ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -173,11 +174,13 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guesses, labels = _logits(prediction).argmax(axis=-1), prediction.label_ids
-    return {
-        "accuracy": float(accuracy_score(labels, guesses)),
-        "f1": float(f1_score(labels, guesses, average="macro")),
-        "matthews": float(matthews_corrcoef(labels, guesses)),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that one class only was found: then the correlation is 0
+        return {
+            "accuracy": float(accuracy_score(labels, guesses)),
+            "f1": float(f1_score(labels, guesses, average="macro")),
+            "matthews": float(matthews_corrcoef(labels, guesses)),
+        }
 
 
 def _logits(prediction: EvalPrediction) -> np.ndarray[Any, Any]:
