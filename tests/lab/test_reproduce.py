@@ -340,3 +340,20 @@ def test_a_run_that_diverges_leaves_the_measures_of_the_others(tmp_path: Path, m
     assert {row["variant"] for row in rows if row["here"] is not None} == {"finetuned"}
     (lost,) = [row for row in rows if row["here"] is None]
     assert (lost["variant"], lost["stopped"], lost["runs"]) == ("nanoadam", ["the loss is nan at step 3"], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "only"),
+    [
+        ("ablation-criterion", "vit-large,SST2"),  # a task of another model
+        ("ablation-criterion", "vit-large,random"),  # a method that its task leaves out
+        ("commonsense", "train"),  # no test
+    ],
+)
+def test_a_selection_that_leaves_nothing_is_refused(
+    name: str, only: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = "full" if name != "commonsense" else "smoke"
+    assert cli.main(command(name, tmp_path / "out", "--scale", scale, "--only", only)) == 2
+    assert f"--only leaves nothing of {name}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -127,8 +127,10 @@ def check(recipe: Recipe, setting: Setting) -> None:
     """Refuse, before anything is written, models and data that are neither on the hub nor where they should be.
 
     Raises:
-        ValueError: naming the folder or the file.
+        ValueError: naming the folder or the file; or if what is selected leaves nothing to run.
     """
+    if not any(task != "train" and variants(recipe, model, task) for model, task in pairs(recipe)):
+        raise ValueError(f"--only leaves nothing of {recipe.name}: no model that is named has the task and the method")
     if recipe.scale == "smoke":
         return
     for model, task in pairs(recipe):
