@@ -354,6 +354,10 @@ def test_the_selection_of_a_static_mask_is_made_once(job: dict[str, object], tmp
         ("[compare.variants.a]\noptimiser = 'sgd'", ["variant a: there is no key 'optimiser'", "'optimizer'?"]),
         ("[compare.variants.a]\nseed = 1", ["variant a cannot set seed"]),
         ("[compare.variants.a]\ndensity = 'much'", ["variant a: density must be a number"]),
+        (
+            "[compare.variants.a]\n[compare.variants.b]\ndensity = 1.5",
+            ["variant b: density must be in (0, 1], got 1.5"],
+        ),
         ("[compare.variants.a]\noptimizer = 'sdg'", ["optimizer 'sdg' is unknown"]),
         ("[compare.variants.a]\nlearning_rates = 'all'", ["learning_rates of a must be a list of numbers"]),
         ("[compare.variants.a]\nlearning_rates = []", ["learning_rates of a must be a list of numbers"]),
