@@ -32,6 +32,7 @@ def _follow(slot: Slot, device: torch.device) -> None:
             slot.state[name] = value.to(device)
     slot.held = None if slot.held is None else slot.held.to(device)
     slot.version += 1
+    slot.cache.clear()  # addresses on the old device
 
 
 def empty(slot: Slot, group: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ _PROGRAMS_PER_PROCESSOR = 32
 _REGISTERS = 64  # a thread; waiting for memory is what takes the time, so many warps beat fast ones
 
 _CRITERIA = {"smallest": 0, "largest": 1, "random": 2, "gradient": 3}
+_STATE = ("index", "exp_avg", "exp_avg_sq", "born")
 _RELAYOUT_BYTES = 512 * 2**20  # new state allocated beside the old at a time, when the density changes
 
 
@@ -102,8 +103,8 @@ def _select_batch(
     signature = [
         (
             slot.weight.data_ptr(),
-            slot.state["index"].data_ptr() if "index" in slot.state else 0,
-            new["index"].data_ptr(),
+            *(slot.state[name].data_ptr() for name in _STATE if name in slot.state),
+            *(new[name].data_ptr() for name in _STATE),
             slot.layout,
             lay,
             1 if gradient is None else spatial(gradient),

@@ -51,16 +51,22 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph and does not run yet."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def upload(rows: Sequence[Sequence[int]] | Sequence[int], device: torch.device) -> Tensor:
+    """int64, of the same shape, on the device."""
     table = torch.tensor(rows, dtype=torch.int64)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         table = table.pin_memory()
-        _captured.append(table)
+        captured.append(table)
     return table.to(device, non_blocking=True)
 
 
-_captured: list[Tensor] = []
-"""Tables that a CUDA graph copies from the host whenever it is replayed."""
+captured: list[Any] = []
+"""What CUDA graphs need whenever they are replayed: tables that they copy from the host, and those on the device."""
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from nanoadam.ops import MAX_AGE, Adam, Slot, kernels, reference
 from nanoadam.ops.select_triton import select
-from nanoadam.ops.tables import TYPES, block_rows, is_aligned, on, partition, signed, spatial, upload
+from nanoadam.ops.tables import (
+    TYPES,
+    block_rows,
+    captured,
+    capturing,
+    is_aligned,
+    on,
+    partition,
+    signed,
+    spatial,
+    upload,
+)
 
 __all__ = ["gather", "select", "update", "update_dense"]
 
@@ -95,9 +106,11 @@ def _launches(
 ) -> list[_Launch]:
     """How a list is launched; worked out anew only when something in `signature` has changed.
 
-    `kind` and `row` take a place in the list.
+    `kind` and `row` take a place in the list. A graph that is captured gets tables of its own: what is uploaded for it
+    holds nothing until it is replayed, and what it reads must outlive the next change.
     """
-    cached = slots[0].cache.get(name)
+    own = capturing(slots[0].weight.device)
+    cached = None if own else slots[0].cache.get(name)
     if cached is not None and cached[0] == signature and cached[1] == slots:
         known: list[_Launch] = cached[2]
         return known
@@ -110,7 +123,10 @@ def _launches(
             blocks.append(triton.cdiv(numbers[kernels.SELECTED.value], BLOCK))
             first += blocks[-1]
         launches.append(_Launch(what, places, upload(rows, device), block_rows(tuple(blocks), device), first))
-    slots[0].cache[name] = (signature, slots, launches)
+    if own:
+        captured.append(launches)
+    else:
+        slots[0].cache[name] = (signature, slots, launches)
     return launches
 
 
