@@ -6,13 +6,14 @@ compute-sanitizer --tool racecheck python tests/gpu/kernels_once.py
 
 import torch
 
+from nanoadam.baselines.microadam import MicroAdam
 from nanoadam.optimizer import NanoAdam
 from nanoadam.schedules import linear
 
 SHAPES = [(40, 130), (3, 4500), (1, 1), (64, 700), (8, 4, 3, 3), (5000,)]
 
 
-def train(dtype, density, device="cuda", **options):
+def awkward(dtype, device):
     torch.manual_seed(0)
     parameters = []
     for shape in SHAPES:
@@ -21,6 +22,11 @@ def train(dtype, density, device="cuda", **options):
         if weight.dim() == 4:
             weight = weight.contiguous(memory_format=torch.channels_last)
         parameters.append(torch.nn.Parameter(weight.to(dtype)))
+    return parameters
+
+
+def train(dtype, density, device="cuda", **options):
+    parameters = awkward(dtype, device)
     opt = NanoAdam(parameters, lr=1e-3, density=density, mask_interval=2, max_grad_norm=1.0, **options)
     for _ in range(5):
         for _ in range(2):
@@ -28,6 +34,15 @@ def train(dtype, density, device="cuda", **options):
         opt.step()
         if opt.param_groups[0]["steps"] % 2:  # a refresh then finds held gradients to carry
             opt.zero_grad()
+
+
+def train_microadam(dtype, device="cuda", **options):
+    parameters = awkward(dtype, device)
+    opt = MicroAdam(parameters, lr=1e-3, density=0.05, window=3, **options)
+    for _ in range(5):  # the window fills, and turns over
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        opt.step()
 
 
 if __name__ == "__main__":
@@ -38,5 +53,7 @@ if __name__ == "__main__":
     train(torch.float32, 0.1, criterion="random", keep_zeros=True)
     train(torch.bfloat16, 0.1, criterion="largest", moments="reset")
     train(torch.float16, 0.1, criterion="gradient")
+    train_microadam(torch.bfloat16)
+    train_microadam(torch.float32, stochastic_rounding=False)
     torch.cuda.synchronize()
     print("done")
