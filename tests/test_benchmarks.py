@@ -182,9 +182,22 @@ def test_fronts_of_comparisons(tmp_path):
     done = run("compare_fronts", str(file), "--left", "old: recall@1", "--level", "0.35", "--svg", str(picture))
     assert done.returncode == 0, done.stderr
     a = next(line.split() for line in done.stdout.split("\n\n")[1].splitlines() if line.startswith("a "))
-    assert a[2:6] == ["0.001", "lower", "40.5", "0.500"]
-    assert a[6] == "0.285"  # 0.405 * 0.5 + 0.205 * 0.4: a rate that one of its seeds diverged at has no mean
+    assert a[2:10] == ["0.001", "lower", "40.5", "±", "0.7", "0.500", "±", "0.000"]
+    assert a[10] == "0.285"  # 0.405 * 0.5 + 0.205 * 0.4: a rate that one of its seeds diverged at has no mean
     assert a[-1] == "0.500"
     assert "c 1 none - - -" in " ".join(done.stdout.split())
     assert "old: recall@1" in picture.read_text()
     assert "not every run has" in run("compare_fronts", str(file), "--left", "old: mrr").stderr
+    assert "stopped: a at 0.1 (1), a at 1 (1), c at 0.001 (1)\nmetric at most 0: none" in done.stdout
+
+    pair = ["--pair", "a", "b", "--constant", "0.3", "--markdown"]
+    done = run("compare_fronts", str(file), "--left", "old: recall@1", "--only", "b,a", *pair)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    assert [row[0] for row in rows if row[0] in ("a", "b")][:2] == ["b", "a"]
+    expected = ["a - b", "0.001 (chosen)", "+10.0, +10.0", "+10.0 ± 0.0", "+0.100, +0.100", "+0.100 ± 0.000"]
+    assert rows[-1] == expected
+    assert "metric at most 0.3: b at 0.001 (1), a at 0.01 (2)" in done.stdout
+    refused = run("compare_fronts", str(file), "--left", "old: recall@1", "--only", "a,d")
+    assert refused.returncode == 2
+    assert "there is no variant d; there is a, b, c" in refused.stderr
