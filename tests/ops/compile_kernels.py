@@ -21,7 +21,7 @@ POINTERS = {
 POINTERS |= dict.fromkeys(("corrections", "lr_pointer", "scale_pointer"), "*fp32")
 NUMBERS = dict.fromkeys(("chunks", "key", "step"), "i32")
 WINDOW = {"scratch": "*fp32", "tensor_of": "*i32", "factors": "*fp32", "owners": "*i16"}
-WINDOW |= dict.fromkeys(("blocks", "row", "filled", "number"), "i32")
+WINDOW |= dict.fromkeys(("blocks", "row", "last", "filled", "number"), "i32")
 
 UPDATE = {"LR_POINTER": False, "SCALE_POINTER": True, "STEP_POINTER": False, "MAXIMIZE": False, "STOCHASTIC": True}
 UPDATE |= {"WEIGHT_TYPE": tl.bfloat16, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False, "WIDE": False, "BLOCK": 1024}

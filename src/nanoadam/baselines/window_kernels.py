@@ -50,21 +50,28 @@ def _count(magnitude, least):
 
 
 @triton.jit
-def _threshold(magnitude, keep):
+def _threshold(magnitude, keep, guess):
     """What the `keep` largest are larger than, and how many of those that equal it are taken as well.
 
-    They usually lie within two powers of 2 of the largest, which is 256 bfloat16 values.
+    The search begins at `guess`, which changes nothing but its length, and widens its steps until it has passed.
     """
-    high = tl.max(magnitude) + 1
-    low = tl.maximum(high - 256, 0)
-    above = tl.full((), 0, tl.int32)
+    low = tl.maximum(guess, 0)
     count = _count(magnitude, low)
-    while count < keep:
-        above = count
-        width = high - low
-        high = low
-        low = tl.maximum(low - 4 * width, 0)
-        count = _count(magnitude, low)
+    high, above = low, count
+    upwards = count >= keep
+    passed = count < 0
+    width = tl.full((), 4, tl.int32)
+    while not passed:
+        probe = tl.maximum(tl.where(upwards, low + width, low - width), 0)
+        there = _count(magnitude, probe)
+        enough = there >= keep
+        passed = enough != upwards
+        high = tl.where(enough, tl.where(upwards, high, low), probe)
+        above = tl.where(enough, tl.where(upwards, above, count), there)
+        lower = enough | (not upwards)
+        low = tl.where(lower, probe, low)
+        count = tl.where(lower, there, count)
+        width *= 4
     while (high - low > 1) & (count > keep):
         middle = low + (high - low) // 2
         there = _count(magnitude, middle)
@@ -75,6 +82,32 @@ def _threshold(magnitude, keep):
         above = tl.where(enough, above, there)
     exact = count == keep
     return tl.where(exact, low - 1, low), tl.where(exact, 0, keep - above)
+
+
+@triton.jit
+def _as_bf16(value):
+    """Float32 that bfloat16 can hold."""
+    return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _ratio(part, whole, INTERPRETED: tl.constexpr):
+    """`part / whole[:, None]`, correctly rounded wherever it is not tiny; `whole` is positive.
+
+    With the inverse correctly rounded, one corrected product is the quotient correctly rounded (Markstein 1990), as
+    long as nothing underflows: powers of 2 see to that.
+    """
+    if INTERPRETED:  # which has no fused multiply-add
+        quotient = part / whole[:, None]
+    else:
+        power = tl.where(whole < 2.0**-60, 2.0**90, tl.where(whole > 2.0**60, 2.0**-60, 1.0))
+        part = part * power[:, None]
+        whole = whole * power
+        inverse = tl.math.div_rn(tl.full(whole.shape, 1.0, tl.float32), whole)[:, None]
+        quotient = part * inverse
+        rest = tl.fma(-quotient, tl.broadcast_to(whole[:, None], part.shape), part)
+        quotient = tl.fma(rest, tl.broadcast_to(inverse, part.shape), quotient)
+    return quotient
 
 
 @triton.jit
@@ -98,12 +131,13 @@ def _window(tensor, entry):
     return _field(tensor, INDEX, tl.int16) + entry, _field(tensor, VALUE, tl.bfloat16) + entry
 
 
-@triton.jit(do_not_specialize=["blocks", "row"])
+@triton.jit(do_not_specialize=["blocks", "row", "last"])
 def compress(
     table,  # int64 [tensors, COLUMNS]
     tensor_of,  # int32 [blocks]: which tensor a block belongs to
     blocks,
     row,  # of the window that is written now
+    last,  # the one written before, -1 if there is none
     GRADIENT_TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,  # positions beyond 31 bits
@@ -114,9 +148,16 @@ def compress(
     bucket = tl.arange(0, BLOCK // BUCKET)
     place = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
     pair = bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
+    few = tl.arange(0, 64)
 
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         tensor, start, length, keep, entry = _block(table, tensor_of, block, WIDE)
+        kept = tl.load(tensor + KEPT)
+        index, value = _window(tensor, entry)
+        known = (few < keep) & (last >= 0)
+        earlier = (
+            tl.load(value + kept * last + few, mask=known, other=0).to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        )
 
         # The gradient plus the decoded error, in bfloat16.
         if ALIGNED:
@@ -143,7 +184,9 @@ def compress(
         # Its largest entries go into the window. One running count for two: those surely taken in the low half, those
         # that equal the threshold in the high half.
         magnitude = tl.where(valid, (total.to(tl.int32, bitcast=True) >> 16) & 0x7FFF, -1)
-        threshold, wanted_ties = _threshold(magnitude, keep)
+        guess = tl.min(tl.where(known, earlier, 0x7FFF))
+        guess = tl.where(last < 0, tl.max(magnitude) - 255, guess)
+        threshold, wanted_ties = _threshold(magnitude, keep, guess)
         sure = (magnitude > threshold).to(tl.int32)
         tie = ((magnitude == threshold) & valid).to(tl.int32)
         both = sure + (tie << 16)
@@ -152,10 +195,8 @@ def compress(
         ties_before = before >> 16
         taken = (sure == 1) | ((tie == 1) & (ties_before < wanted_ties))
         spot = (before & 0xFFFF) + tl.minimum(ties_before, wanted_ties)
-        kept = tl.load(tensor + KEPT)
-        index, value = _window(tensor, entry)
         tl.store(index + kept * row + spot, place.to(tl.int16), mask=taken)
-        tl.store(value + kept * row + spot, _to_bf16(total, 0), mask=taken)
+        tl.store(value + kept * row + spot, _as_bf16(total), mask=taken)
 
         # The rest is the new error.
         rest = tl.where(taken, 0.0, total)
@@ -163,12 +204,12 @@ def compress(
         high = tl.where(started, tl.max(tl.where(valid, rest, float("-inf")), 1), 0.0)
         scale = tl.math.div_rn(high - low, tl.full([BLOCK // BUCKET], 15.0, tl.float32))
         scale = tl.where(scale == 0, 1.0, scale)
-        steps = tl.math.div_rn(rest - low[:, None], tl.broadcast_to(scale[:, None], [BLOCK // BUCKET, BUCKET])) + 0.5
+        steps = _ratio(rest - low[:, None], scale, INTERPRETED) + 0.5
         code = tl.where(valid, steps, 0.0).to(tl.int32)
         pairs = tl.reshape(code, [BLOCK // BUCKET, BUCKET // 2, 2]) << (4 * tl.arange(0, 2))[None, None, :]
         tl.store(error + pair, tl.sum(pairs, 2).to(tl.uint8), mask=started[:, None])
-        tl.store(lows, _to_bf16(low, 0), mask=started)
-        tl.store(highs, _to_bf16(high, 0), mask=started)
+        tl.store(lows, _as_bf16(low), mask=started)
+        tl.store(highs, _as_bf16(high), mask=started)
 
 
 @triton.jit

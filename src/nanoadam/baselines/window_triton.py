@@ -96,6 +96,7 @@ def _launch(kind: _Kind, jobs: Sequence[Job], step: Step, key: int | None) -> No
         tensor_of,
         blocks,
         (step.number - 1) % step.window,
+        (step.number - 2) % step.window if step.number > 1 else -1,
         GRADIENT_TYPE=TYPES[kind.gradient],
         ALIGNED=kind.aligned,
         INTERPRETED=_INTERPRETED,
