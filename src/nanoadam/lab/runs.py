@@ -24,6 +24,10 @@ import nanoadam
 PSEUDOCODE = "Zhou et al. 2025 (arXiv 2506.21374), Algorithm 1; in the code: nanoadam.optimizer.NanoAdam.step"
 
 
+LOCK = ".lock"
+"""The file in a run folder that is locked while somebody writes there."""
+
+
 class RunError(ValueError):
     """A run cannot go on: one sentence that says why and what to do. The folder is as whole as it was."""
 
@@ -36,9 +40,47 @@ def prepare_folder(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"the out folder {out} is a file: choose another name with --out")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise FileExistsError(f"the out folder {out} is not empty: choose another one with --out, or delete it first")
     out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Make the run folder, and be alone in it while it is written.
+
+    Raises:
+        FileExistsError: `out` is a file or holds files.
+        RunError: another process has just begun to write there.
+    """
+    prepare_folder(out)
+    with alone(out):
+        prepare_folder(out)  # that process may have come and gone meanwhile
+        yield
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Nobody else writes into this run folder meanwhile. The lock of a process that was killed is gone with it.
+
+    Raises:
+        RunError: another process is writing there.
+    """
+    from filelock import FileLock, Timeout  # comes with the extra lab
+
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"another process is writing to {out}: wait until it has ended, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (out / LOCK).unlink()  # before it is released: what the next one makes is a file of its own
+        lock.release()
 
 
 def write(path: Path, content: str | bytes) -> None:
