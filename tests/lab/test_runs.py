@@ -1,4 +1,4 @@
-"""A run folder belongs to one process at a time."""
+"""A run folder belongs to one process at a time, and a run that is refused leaves none behind."""
 
 import shutil
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("accelerate")
@@ -148,3 +149,86 @@ def test_what_a_killed_process_left_of_its_lock_is_no_content(tmp_path: Path) ->
     with runs.new_folder(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+# Refused after the folder was made -------------------------------------------------------------------------
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise ValueError("the optimizer cannot be made")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_refused_before_its_first_step_leaves_what_it_found(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    out = tmp_path / "a" / "run"
+    if there:
+        out.mkdir(parents=True)
+    monkeypatch.setattr(finetune._Trainer, "create_optimizer", refuse)
+    with pytest.raises(ValueError, match="cannot be made"):
+        finetune.run(small, out, lambda line: None)
+    assert out.exists() == there
+    assert not there or list(out.iterdir()) == []
+
+
+def test_what_a_run_has_measured_is_kept_whatever_ends_it(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._Trainer, "evaluate", refuse)
+        with pytest.raises(ValueError, match="cannot be made"):
+            finetune.run(small, out)
+    assert runs.read_lines(out / "metrics.jsonl")
+    finetune.resume(out)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda out: runs.append(out / "metrics.jsonl", {"step": 1}),
+        lambda out: (
+            (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+            or (out / "checkpoints" / "checkpoint-1" / "model.safetensors").touch()
+        ),
+        lambda out: (out / "notes.txt").write_text("mine"),
+        lambda out: (out / "model").symlink_to(out.parent),
+        lambda out: (out / "run" / "data").mkdir(parents=True) or (out / "run" / "data" / "x").touch(),
+    ],
+)
+def test_only_a_folder_with_nothing_but_settings_is_removed(tmp_path: Path, leave) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="cannot be made"), runs.new_folder(out, derived=("data",)):
+        runs.write(out / "config.toml", "")
+        leave(out)
+        before = {path.name for path in out.rglob("*")}
+        refuse()
+    assert {path.name for path in out.rglob("*")} == before - {runs.LOCK}
+
+
+@pytest.mark.parametrize("error", [runs.RunError("the disk is full"), KeyboardInterrupt(), RuntimeError("a bug")])
+def test_what_is_not_bad_input_leaves_a_folder_to_go_on_with(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), runs.new_folder(tmp_path / "run"):
+        runs.write(tmp_path / "run" / "config.toml", "")
+        raise error
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+
+
+def test_an_experiment_whose_data_or_model_cannot_be_read_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, model, out = tmp_path / "data", tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    data.mkdir()
+    np.savez(data / "pathmnist.npz", images=np.zeros(3))
+    for split in ("train", "test"):
+        tiny.jsonl(data / f"{split}.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}] * 4)
+    for name, words in (("pathmnist", "it is no MedMNIST file"), ("gsm8k", str(model))):
+        arguments = ["reproduce", name, "--data", str(data), "--model", str(model), "--out", str(out)]
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert words in error
+        assert not out.exists()

@@ -71,7 +71,7 @@ def run(
         runs.prepare_folder(out)
     setting = Setting(out, data, model, jobs, progress or (lambda what, done, total: None))
     _check(recipe, setting)
-    with runs.new_folder(out):
+    with runs.new_folder(out, derived=("data", "smoke")):
         return _run(recipe, setting)
 
 

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,52 @@ def prepare_folder(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[None]:
-    """Make the run folder, and be alone in it while it is written.
+def new_folder(out: Path, derived: Sequence[str] = ()) -> Iterator[None]:
+    """Make the run folder, and be alone in it while it is written. A run that is refused leaves none behind.
+
+    That is, one that ends with bad input (ImportError, OSError or ValueError, but not RunError) while nothing stands
+    there but what it was told.
+
+    Args:
+        out: new or empty.
+        derived: folders in it whose content is made from what the run was told, and can be made again.
 
     Raises:
         FileExistsError: `out` is a file or holds files.
         RunError: another process has just begun to write there.
     """
+    made = not out.exists()
     prepare_folder(out)
     with alone(out):
         prepare_folder(out)  # that process may have come and gone meanwhile
-        yield
+        try:
+            yield
+        except (ImportError, OSError, ValueError) as error:
+            if not isinstance(error, RunError) and _only_told(out, derived):
+                with contextlib.suppress(OSError):
+                    _clear(out)
+                    if made:
+                        out.rmdir()
+            raise
+
+
+_TOLD = {"config.toml", "recipe.toml", "manifest.json", LOCK}
+
+
+def _only_told(out: Path, derived: Sequence[str]) -> bool:
+    """Whether a folder holds nothing but settings: no line of metrics, no checkpoint, nothing that others put there."""
+    files = (path for path in out.rglob("*") if not path.is_dir() or path.is_symlink())
+    return all(
+        path.name in _TOLD
+        or path.relative_to(out).parts[0] in derived
+        or (path.name == "metrics.jsonl" and not path.stat().st_size)
+        for path in files
+    )
+
+
+def _clear(out: Path) -> None:
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
