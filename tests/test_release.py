@@ -3,6 +3,8 @@
 import copy
 import gc
 import itertools
+import pickle
+import warnings
 import weakref
 
 import pytest
@@ -489,7 +491,9 @@ def test_clipping_dense_gradients_in_place_before_a_step_is_not_taken_for_zeroin
             opt.step()
             opt.zero_grad()
 
-    assert torch.equal(*both(run))
+    with pytest.warns(UserWarning, match="3 selected tensors"):
+        on, off = both(run)
+    assert torch.equal(on, off)
 
 
 def test_zeroing_the_model_in_place_leaves_zero_gradients_that_count():
@@ -571,3 +575,182 @@ def test_many_optimizers_on_one_model_leave_nothing_behind():
         assert len(p._backward_hooks or ()) == 0
         assert p not in release._hooks or len(release._hooks[p].releases) == 1
     assert last.gradient_bytes() == 0
+
+
+def clip(model, opt):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+ALTERED = {
+    "clipping": clip,
+    "clipping without foreach": lambda m, _: torch.nn.utils.clip_grad_norm_(m.parameters(), 1e-3, foreach=False),
+    "clipping that changes nothing": lambda m, _: torch.nn.utils.clip_grad_norm_(m.parameters(), 1e6),
+    "clipping of values": lambda m, _: torch.nn.utils.clip_grad_value_(m.parameters(), 1e-3),
+    "scaling": lambda m, _: [p.grad.mul_(0.5) for p in m.parameters() if p.grad is not None],
+    "replacing": lambda m, _: [setattr(p, "grad", p.grad / 2) for p in m.parameters() if p.grad is not None],
+}
+
+
+def steps_of(model, opt, alter=lambda model, opt: None, steps=3):
+    for step in range(steps):
+        for micro in range(2):
+            loss_of(model, 10 * step + micro).backward()
+        alter(model, opt)
+        opt.step()
+        opt.zero_grad()
+
+
+def silently(run, *args, **kwargs):
+    """A warning fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(*args, **kwargs)
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_gradients_changed_while_others_are_held_are_warned_of_once(what):
+    model = network()
+    opt = NanoAdam(model.parameters(), density=0.2)
+    with pytest.warns(UserWarning, match=r"those of 3 selected tensors, .* use NanoAdam\(max_grad_norm") as told:
+        steps_of(model, opt, ALTERED[what])
+    assert [warning.filename for warning in told] == [__file__]
+    opt.load_state_dict(opt.state_dict())
+    silently(steps_of, model, opt, ALTERED[what])
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_an_optimizer_warns_anew_whether_the_first_has_or_not(again):
+    for first in (lambda *_: None, clip):
+        model = network()
+        opt = NanoAdam(model.parameters(), density=0.2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            steps_of(model, opt, first)
+        with pytest.warns(UserWarning, match="selected tensors"):
+            steps_of(*again((model, opt)), clip)
+
+
+def test_clipping_in_a_closure_or_between_two_backwards_is_warned_of():
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        clip(model, opt)
+        return loss
+
+    model = network()
+    opt = NanoAdam(model.parameters(), density=0.2)
+    with pytest.warns(UserWarning, match="selected tensors"):
+        opt.step(closure)
+    opt = NanoAdam(model.parameters(), density=0.2)
+    model.zero_grad()
+    loss_of(model, 0).backward()
+    clip(model, opt)
+    loss_of(model, 1).backward()
+    with pytest.warns(UserWarning, match="selected tensors"):
+        opt.step()
+
+
+def test_a_warning_made_an_error_leaves_the_step_to_be_taken():
+    model = network()
+    opt = NanoAdam(model.parameters(), density=0.2)
+    loss_of(model, 0).backward()
+    clip(model, opt)
+    before = bits(model)
+    with pytest.raises(UserWarning, match="selected tensors"):
+        silently(opt.step)
+    assert torch.equal(before, bits(model))
+    opt.step()
+    assert opt.param_groups[0]["steps"] == 1
+    assert not torch.equal(before, bits(model))
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_unscaling_is_no_change_to_be_warned_of_and_clipping_after_it_is(clipped):
+    model = network()
+    opt = NanoAdam(model.parameters(), density=0.2, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def run():
+        for step in range(3):
+            scaler.scale(loss_of(model, step)).backward()
+            scaler.unscale_(opt)
+            if clipped:
+                clip(model, opt)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+
+    if clipped:
+        with pytest.warns(UserWarning, match="selected tensors"):
+            run()
+    else:
+        silently(run)
+
+
+def dense_loss(model):
+    return sum(p.square().sum() for p in model.parameters() if p.dim() == 1)
+
+
+def through_checkpoints(model, step):
+    from torch.utils.checkpoint import checkpoint
+
+    x, y = batch(step)
+    hidden = torch.tanh(model[0](x))
+    for _ in range(2):
+        hidden = checkpoint(lambda h: torch.tanh(model[2](h)), hidden, use_reentrant=True)
+    torch.nn.functional.cross_entropy(model[4](hidden), y).backward()
+
+
+ORDINARY = {
+    "dense tensors alone": lambda model, opt: dense_loss(model).backward(),
+    "autograd.grad": lambda model, opt: torch.autograd.grad(loss_of(model, 7), list(model.parameters())),
+    "reentrant checkpoints": lambda model, opt: through_checkpoints(model, 7),
+    "a graph of gradients": lambda model, opt: loss_of(model, 7).backward(create_graph=True),
+    "zeroing the model": lambda model, opt: model.zero_grad(),
+    "zeroing the optimizer in place": lambda model, opt: opt.zero_grad(set_to_none=False),
+    "clipping what is then thrown away": lambda model, opt: (clip(model, opt), opt.zero_grad()),
+    "clipping what the model throws away": lambda model, opt: (clip(model, opt), model.zero_grad()),
+    "stepping twice": lambda model, opt: opt.step(),
+    "zeroing the model in place after a step": lambda model, opt: (opt.step(), model.zero_grad(set_to_none=False)),
+    "switching release": lambda model, opt: (opt.release(False), clip(model, opt), opt.release()),
+}
+
+
+@pytest.mark.parametrize("what", ORDINARY)
+def test_what_changes_no_gradient_is_not_warned_of(what):
+    model = network()
+    opt = NanoAdam(model.parameters(), density=0.2, max_grad_norm=1e-3)
+
+    def between(model, opt):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using backward")
+            ORDINARY[what](model, opt)
+        loss_of(model, 8).backward()
+        ORDINARY["dense tensors alone"](model, opt)
+
+    silently(steps_of, model, opt, between)
+
+
+def test_clipping_is_not_warned_of_where_it_is_right_or_where_nothing_shows_it():
+    for bias, options in ((True, {"gradient_release": False}), (True, {"criterion": "gradient"}), (False, {})):
+        model = network(bias=bias)
+        silently(steps_of, model, NanoAdam(model.parameters(), density=0.2, **options), clip)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda model: dense_loss(model).backward(),
+        lambda model: torch.autograd.grad(loss_of(model, 1), list(model.parameters())),
+    ],
+)
+def test_zeroing_the_model_is_seen_after_a_backward_that_releases_nothing(between):
+    model = network()
+    opt = NanoAdam(model.parameters(), density=0.2)
+    loss_of(model, 0).backward()
+    between(model)
+    model.zero_grad()
+    before = bits(model)
+    opt.step()
+    assert torch.equal(before, bits(model))

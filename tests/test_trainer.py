@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,8 +172,38 @@ def test_the_trainers_own_clipping_is_refused_with_the_remedy(tmp_path: Path) ->
     assert all(torch.equal(value, before[name]) for name, value in weights(run.model).items())
 
 
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("own", [TrainingArguments.max_grad_norm, 0.0])
+def test_the_trainers_own_clipping_is_warned_of_without_the_callback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: float, fp16: bool
+) -> None:
+    """With max_grad_norm=0 it writes to the gradients all the same, to learn their norm."""
+    run = trainer(tmp_path, callbacks=[], max_grad_norm=own, gradient_accumulation_steps=2, max_steps=3)
+    if fp16:
+        scale_loss(run, 2.0**10, monkeypatch)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.train()
+    texts = [str(warning.message) for warning in told if "selected tensors" in str(warning.message)]
+    assert len(texts) == (own > 0)
+    assert all("TrainingArguments(max_grad_norm=0) with nanoadam.for_trainer(" in text for text in texts)
+
+
+def test_clipping_beside_a_trainer_that_does_not_is_warned_of(tmp_path: Path) -> None:
+    """The Trainer is forgiven, not everybody who has imported it."""
+    model = tiny.bert()
+    optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), density=0.25)
+    trainer(tmp_path)
+    model(**{key: torch.as_tensor(value)[None] for key, value in rows()[0].items()}).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    with pytest.warns(UserWarning, match="selected tensors"):
+        optimizer.step()
+
+
 def test_the_trainers_own_clipping_is_right_without_release(tmp_path: Path) -> None:
-    trainer(tmp_path, options={**OPTIONS, "gradient_release": False}, max_grad_norm=1.0).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*selected tensors")
+        trainer(tmp_path, options={**OPTIONS, "gradient_release": False}, max_grad_norm=1.0).train()
 
 
 def test_the_logged_norm_is_that_of_all_gradients(tmp_path: Path) -> None:

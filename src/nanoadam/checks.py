@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,6 +134,36 @@ def check_gradient(name: str, gradient: Tensor) -> None:
             f"the gradient of {name!r} is sparse; NanoAdam needs dense gradients: "
             "make its nn.Embedding with sparse=False, or train it with torch.optim.SparseAdam"
         )
+
+
+def warn_of_altered_gradients(held: int) -> None:
+    """Warn that gradients in `p.grad` were changed, but not those held for so many tensors; called by `step()`."""
+    if _trainer_takes_the_norm():
+        return
+    warnings.warn(
+        "the gradients of dense tensors were changed after backward, as torch.nn.utils.clip_grad_norm_ does, but not "
+        f"those of {held} selected tensor{'s' * (held > 1)}, which NanoAdam holds. To clip all of them, use "
+        "NanoAdam(max_grad_norm=...); under transformers' Trainer that is TrainingArguments(max_grad_norm=0) with "
+        "nanoadam.for_trainer(..., max_grad_norm=...). Or leave them in p.grad: gradient_release=False",
+        UserWarning,
+        stacklevel=6,  # past step() and the wrappers that torch has around it
+    )
+
+
+def _trainer_takes_the_norm() -> bool:
+    """Whether transformers' Trainer is stepping with max_grad_norm=0.
+
+    It then clips to infinity to learn the norm: that writes to every gradient and changes none, which its user cannot
+    help, and which nothing but the Trainer's arguments tells from clipping.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "transformers.trainer":
+            arguments: Any = getattr(frame.f_locals.get("self"), "args", None)
+            if hasattr(arguments, "max_grad_norm"):
+                return not (arguments.max_grad_norm or 0) > 0
+    return False
 
 
 def check_state(groups: Sequence[Mapping[str, Any]], loaded: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ __all__ = ["main"]
 
 # Which extra brings a module that a command wants.
 EXTRAS = dict.fromkeys(("sklearn", "matplotlib", "numpy", "tomli_w"), "demo")
-LAB_EXTRAS = dict.fromkeys(("transformers", "datasets", "accelerate", "scipy", "PIL"), "lab")
+LAB_EXTRAS = dict.fromkeys(("transformers", "datasets", "accelerate", "scipy", "PIL", "filelock"), "lab")
 
 app = typer.Typer(
     name="nanoadam",

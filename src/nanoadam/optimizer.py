@@ -199,6 +199,8 @@ class NanoAdam(Optimizer):
         self._release.flush()
         self._release.settle()
         self._check_gradients()
+        if self._release.altered and not self._release.told:
+            self._warn_of_altered_gradients()
         if amp.unscale(self, grad_scaler):
             for i in range(len(self.param_groups)):
                 self._refresh_if_due(i)
@@ -284,6 +286,13 @@ class NanoAdam(Optimizer):
             gradient = slot.weight.grad
             if gradient is not None and gradient.layout != torch.strided and not stands_in(gradient):
                 checks.check_gradient(slot.name, gradient)
+
+    def _warn_of_altered_gradients(self) -> None:
+        """Once, where others have changed what they found in `p.grad` and gradients are held that they did not find."""
+        held = sum(slot.held is not None for slot in self._slots.values())
+        if held:
+            self._release.told = True
+            checks.warn_of_altered_gradients(held)
 
     def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
         slot = self._slots.get(parameter)

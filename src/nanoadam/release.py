@@ -87,8 +87,10 @@ class GradientRelease:
         self._latest: _Hook | None = None
         self._next_bytes: dict[_Hook, int] = {}  # what came after it last time
         self._lock = threading.RLock()  # autograd runs hooks in one thread per device
-        self._witness: tuple[Tensor, Tensor, int | None] | None = None
+        self._witness: tuple[Tensor, Tensor, int, bool] | None = None
         self._witness_hook: tuple[Tensor, RemovableHandle] | None = None
+        self.altered = False  # dense gradients were changed since a backward of this step; held ones cannot have been
+        self.told = False  # and the user knows
 
     def attach(self, parameter: Tensor) -> None:
         """Release the gradients of a leaf parameter from now on."""
@@ -129,15 +131,19 @@ class GradientRelease:
             if self._latest is not None:
                 self._next_bytes[self._latest] = gradient.nbytes
             self._latest = hook
-            task = torch._C._current_graph_task_id()
-            if task != self._task:  # a backward within a backward (reentrant checkpointing) is one of its own
-                self._task = task
-                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+            self._await_end()
             budget = self._budget
             if budget is None:
                 budget = 0 if gradient.device.type == "cpu" else int(GPU_BUDGET * self._largest)
             if self._pending_bytes + self._next_bytes.get(hook, self._largest) > budget:
                 self.flush()
+
+    def _await_end(self) -> None:
+        """Have `_backward_ended` called when the present backward ends."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # a backward within a backward (reentrant checkpointing) is one of its own
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
         with self._lock:
@@ -158,17 +164,19 @@ class GradientRelease:
     def discard(self) -> None:
         """Forget what is waiting, and any question about older gradients: they have been zeroed."""
         with self._lock:
-            self._pending, self._pending_bytes, self._task = [], 0, -1
+            self._pending, self._pending_bytes, self._task, self.altered = [], 0, -1, False
             self.forget_witness()
 
     # Gradients are zeroed through the optimizer, which says so, or through the model, which sets every p.grad to
-    # None or zero and cannot know of held ones. So the gradient of one dense tensor stands witness. Between two
-    # backwards of one step it is only asked whether it is still there, since it may be clipped or unscaled. After a
-    # step, being replaced or written to counts as well; and where no dense tensor has a gradient, an empty one is put
-    # on a selected tensor until the next backward.
+    # None or zero and cannot know of held ones. So the gradient of one dense tensor stands witness, from the end of a
+    # backward on. Between two backwards of one step only its absence says that gradients were zeroed: if it was
+    # replaced or written to, somebody clips or scales what he finds in p.grad, and is told so. (GradScaler.unscale_
+    # does not raise the version of a tensor.) After a step, being replaced or written to counts as zeroing; and where
+    # no dense tensor has a gradient, an empty one is put on a selected tensor until the next backward.
 
     def stepped(self) -> None:
         """A step has used the held gradients; find out before the next backward whether they are to be kept."""
+        self.altered = False
         owner = self._owner()
         if owner is not None:
             self._watch(owner, after_step=True)
@@ -187,25 +195,29 @@ class GradientRelease:
                 parameter.grad = torch.zeros_like(parameter, layout=torch.sparse_coo, requires_grad=False)
         gradient = parameter.grad
         assert gradient is not None
-        self._witness = (parameter, gradient, gradient._version if after_step else None)
+        self._witness = (parameter, gradient, gradient._version, after_step)
         if self._witness_hook is None or self._witness_hook[0] is not parameter:
             self._remove_witness_hook()
-            settle = weakref.WeakMethod(self.settle)  # the parameter must not keep the optimizer alive
+            this = weakref.ref(self)  # the parameter must not keep the optimizer alive
 
             def before_accumulation(_: Tensor) -> None:
-                method = settle()
-                if method is not None:
-                    method()
+                release = this()
+                if release is not None:
+                    with release._lock:
+                        release.settle()
+                        release._await_end()
 
             self._witness_hook = parameter, parameter.register_hook(before_accumulation)
 
     def settle(self) -> None:
-        """Drop the held gradients if the model's were zeroed since they were taken."""
+        """Drop the held gradients if the model's were zeroed since they were taken; note if these were altered."""
         if self._witness is None:
             return
-        parameter, gradient, version = self._witness
-        gone = parameter.grad is None if version is None else parameter.grad is not gradient
-        in_place = not gone and version is not None and gradient._version != version
+        parameter, gradient, version, after_step = self._witness
+        replaced, written = parameter.grad is not gradient, gradient._version != version
+        gone = replaced if after_step else parameter.grad is None
+        in_place = after_step and written and not gone
+        self.altered = not (gone or after_step) and (self.altered or replaced or written)
         self.forget_witness()
         owner = self._owner()
         if (gone or in_place) and owner is not None:
@@ -214,7 +226,7 @@ class GradientRelease:
     def forget_witness(self) -> None:
         """Stop asking whether older gradients were zeroed."""
         if self._witness is not None:
-            parameter, gradient, _ = self._witness
+            parameter, gradient, *_ = self._witness
             if stands_in(gradient) and parameter.grad is gradient:
                 parameter.grad = None
             self._witness = None

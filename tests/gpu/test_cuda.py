@@ -3,6 +3,8 @@
 The tests in `tests/ops` run natively too wherever there is a GPU.
 """
 
+import warnings
+
 import pytest
 import torch
 
@@ -74,6 +76,25 @@ def test_neither_backward_nor_step_nor_refresh_waits_for_the_device():
             opt.zero_grad()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_noticing_that_others_clip_does_not_wait_for_the_device_either():
+    model = network()
+    opt = NanoAdam(model.parameters(), lr=1e-3, density=0.1, mask_interval=2)
+    for step in range(6):
+        x = batch(step)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+            try:
+                model(x).square().mean().backward()
+                if step in (2, 4):
+                    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 0.5)
+                opt.step()
+                opt.zero_grad()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert any("selected tensors" in str(warning.message) for warning in told) == (step == 2)
 
 
 def test_a_captured_step_replays_with_changing_lr_and_refreshes_between():

@@ -240,15 +240,16 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None, job
     Raises:
         FileExistsError: `out` is a file or holds files.
         ValueError, ImportError: for whatever the job can get wrong, before the first run.
+        RunError: if another process is writing to `out`.
     """
     comparison = comparison.resolved()
     if out.exists():
         runs.prepare_folder(out)
     job = _prepared(comparison, jobs)
-    runs.prepare_folder(out)
-    runs.write(out / "config.toml", comparison.to_toml())
-    runs.write(out / "manifest.json", json.dumps(job, indent=2) + "\n")
-    return _go(comparison, out, job, progress, jobs)
+    with runs.new_folder(out):
+        runs.write(out / "config.toml", comparison.to_toml())
+        runs.write(out / "manifest.json", json.dumps(job, indent=2) + "\n")
+        return _go(comparison, out, job, progress, jobs)
 
 
 def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
@@ -256,7 +257,14 @@ def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[s
 
     Raises:
         ValueError: if `out` holds no comparison, or the data or the config of a finished run is not what it was.
+        RunError: as in `run`.
     """
+    load(out)  # a folder of something else is left as it is
+    with runs.alone(out):
+        return _resume(out, progress, jobs)
+
+
+def _resume(out: Path, progress: Progress | None, jobs: int) -> dict[str, Any]:
     comparison, before = load(out)
     job = _prepared(comparison, jobs)
     for split in ("train", "validation"):

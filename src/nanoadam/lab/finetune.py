@@ -111,16 +111,17 @@ def run(config: Config, out: Path, progress: Progress | None = None, watch: Watc
     Raises:
         FileExistsError: `out` is a file or holds files.
         ValueError: for whatever a config can get wrong, before `out` holds anything.
-        RunError: if the loss or a weight is no longer finite, or the disk is full; the last checkpoint is whole.
+        RunError: if the loss or a weight is no longer finite, or the disk is full; the last checkpoint is whole. Or
+            if another process is writing to `out`.
     """
     config = config.resolved()
     if out.exists():
         runs.prepare_folder(out)
     with _threads(config.threads):
         job = prepare(config)
-        runs.prepare_folder(out)
-        runs.write(out / "config.toml", config.to_toml())
-        return _run(job, out, None, progress, watch)
+        with runs.new_folder(out):
+            runs.write(out / "config.toml", config.to_toml())
+            return _run(job, out, None, progress, watch)
 
 
 def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -132,6 +133,11 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """
     if not (out / "config.toml").is_file():
         raise ValueError(f"{out} is no run folder: it holds no config.toml")
+    with runs.alone(out):
+        return _resume(out, progress)
+
+
+def _resume(out: Path, progress: Progress | None) -> dict[str, Any]:
     manifest = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").is_file() else {}
     if manifest.get("results"):
         raise ValueError(f"the run in {out} is finished: its results are in manifest.json, its model in model/")

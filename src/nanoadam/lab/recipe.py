@@ -65,13 +65,17 @@ class Recipe:
         """Of models, tasks and variants those that are named; of a kind that none is named of, all.
 
         Raises:
-            ValueError: for a name that is none of them.
+            ValueError: for a name that is none of them, or if there are none.
         """
         select = dict(self.keys.get("select", {}))
         known = {kind: self.table(kind) for kind in SELECTED}
+        every = list(dict.fromkeys(name for found in known.values() for name in found))
+        if not every:
+            raise ValueError(f"{self.name} has no models, tasks or variants to choose from: leave out --only")
         for name in names:
-            if not any(name in found for found in known.values()):
-                raise ValueError(f"{self.name} has no {name!r}{nearest(name, [n for f in known.values() for n in f])}")
+            if name not in every:
+                hint = nearest(name, every) or f". Known: {', '.join(every)}"
+                raise ValueError(f"{self.name} has no {name!r}{hint}")
         for kind, found in known.items():
             named = [name for name in names if name in found]
             if named:

@@ -8,11 +8,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoadam.lab import recipe as recipes
 from nanoadam.lab import runs
 from nanoadam.lab.recipe import Recipe
+
+if TYPE_CHECKING:
+    from nanoadam.lab.experiments import Setting
 
 Row = dict[str, Any]
 
@@ -57,10 +60,8 @@ def run(
     Raises:
         FileExistsError: `out` is a file or holds files.
         ValueError: for a folder that is not there or does not hold what it should.
+        RunError: if another process is writing to `out`.
     """
-    import tomli_w
-
-    from nanoadam.lab import report
     from nanoadam.lab.experiments import Setting
 
     for name, folder in (("data", data), ("model", model)):
@@ -70,14 +71,23 @@ def run(
         runs.prepare_folder(out)
     setting = Setting(out, data, model, jobs, progress or (lambda what, done, total: None))
     _check(recipe, setting)
-    runs.prepare_folder(out)
+    with runs.new_folder(out, derived=("data", "smoke")):
+        return _run(recipe, setting)
+
+
+def _run(recipe: Recipe, setting: Setting) -> dict[str, Any]:
+    import tomli_w
+
+    from nanoadam.lab import report
+
+    out, data, model = setting.out, setting.data, setting.model
     began = time.time()
     runs.write(out / "recipe.toml", tomli_w.dumps(dict(recipe.keys)))
     manifest = {
         "command": f"nanoadam reproduce {recipe.name} --scale {recipe.scale}",
         "kind": recipe.title,
         "pseudocode": runs.PSEUDOCODE,
-        **runs.environment(runs_at_once=jobs),
+        **runs.environment(runs_at_once=setting.jobs),
         "recipe": recipe.keys,
         "folders": {"data": data and str(data.resolve()), "model": model and str(model.resolve())},
         "results": None,

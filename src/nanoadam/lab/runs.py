@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ import torch
 import nanoadam
 
 PSEUDOCODE = "Zhou et al. 2025 (arXiv 2506.21374), Algorithm 1; in the code: nanoadam.optimizer.NanoAdam.step"
+
+
+LOCK = ".lock"
+"""The file in a run folder that is locked while somebody writes there."""
 
 
 class RunError(ValueError):
@@ -36,9 +40,82 @@ def prepare_folder(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"the out folder {out} is a file: choose another name with --out")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise FileExistsError(f"the out folder {out} is not empty: choose another one with --out, or delete it first")
     out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, derived: Sequence[str] = ()) -> Iterator[None]:
+    """Make the run folder, and be alone in it while it is written. A run that is refused leaves none behind.
+
+    That is, one that ends with bad input (ImportError, OSError or ValueError, but not RunError) while nothing stands
+    there but what it was told.
+
+    Args:
+        out: new or empty.
+        derived: folders in it whose content is made from what the run was told, and can be made again.
+
+    Raises:
+        FileExistsError: `out` is a file or holds files.
+        RunError: another process has just begun to write there.
+    """
+    made = not out.exists()
+    prepare_folder(out)
+    with alone(out):
+        prepare_folder(out)  # that process may have come and gone meanwhile
+        try:
+            yield
+        except (ImportError, OSError, ValueError) as error:
+            if not isinstance(error, RunError) and _only_told(out, derived):
+                with contextlib.suppress(OSError):
+                    _clear(out)
+                    if made:
+                        out.rmdir()
+            raise
+
+
+_TOLD = {"config.toml", "recipe.toml", "manifest.json", LOCK}
+
+
+def _only_told(out: Path, derived: Sequence[str]) -> bool:
+    """Whether a folder holds nothing but settings: no line of metrics, no checkpoint, nothing that others put there."""
+    files = (path for path in out.rglob("*") if not path.is_dir() or path.is_symlink())
+    return all(
+        path.name in _TOLD
+        or path.relative_to(out).parts[0] in derived
+        or (path.name == "metrics.jsonl" and not path.stat().st_size)
+        for path in files
+    )
+
+
+def _clear(out: Path) -> None:
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Nobody else writes into this run folder meanwhile. The lock of a process that was killed is gone with it.
+
+    Raises:
+        RunError: another process is writing there.
+    """
+    from filelock import FileLock, Timeout  # comes with the extra lab
+
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"another process is writing to {out}: wait until it has ended, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (out / LOCK).unlink()  # before it is released: what the next one makes is a file of its own
+        lock.release()
 
 
 def write(path: Path, content: str | bytes) -> None:
