@@ -80,7 +80,7 @@ def moved(data: Data) -> str:
     lines = []
     for start in ("pretrained", "scratch"):
         own = [run for run in data["runs"] if run["from"] == start]
-        groups = [spread([run["shift"][group] for run in own], ".2g") for group in ("smallest", "largest", "rest")]
+        groups = [spread([run["shift"][group] for run in own], ".1e") for group in ("smallest", "largest", "rest")]
         lines.append([start, spread([100 * run["accuracy"] for run in own], ".1f"), *groups])
     return shown(["from", "accuracy", "smallest 30 %", "largest 30 %", "rest"], lines, True)
 
