@@ -248,3 +248,13 @@ def test_fronts_of_forgetting(tmp_path):
     early = run("vision_fronts", str(rows_file), "--epoch", "10").stdout
     assert "| NanoAdam 1 % | 1 | 0.060 ± 0.000 | 0.060 ± 0.000 |" in early  # (0.6 - 0.5) * (0.7 - 0.1)
     assert "there is no method b" in run("vision_fronts", str(rows_file), "--pair", "AdamW", "b").stderr
+
+
+def test_granularity_selects_within_chunks_of_the_size_asked_for():
+    options = ("--seeds", "1", "--hidden", "32", "--chunks", "64,4096", "--learning-rates", "3e-3")
+    found = results("granularity", *options)
+    runs = {(line["chunk"], line["density"]): line for line in found["runs"]}
+    assert set(runs) == {(64, 0.1), (64, 0.01), (4096, 0.1), (4096, 0.01)}
+    # At 1 % a chunk of 64 keeps one weight, so 1.6 %: more move than in the one chunk of 1,024 or 2,048.
+    assert runs[64, 0.01]["touched"] > 1.2 * runs[4096, 0.01]["touched"]
+    assert runs[64, 0.1]["l2_moved"] != runs[4096, 0.1]["l2_moved"]
