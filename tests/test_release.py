@@ -713,6 +713,13 @@ ORDINARY = {
     "clipping what the model throws away": lambda model, opt: (clip(model, opt), model.zero_grad()),
     "stepping twice": lambda model, opt: opt.step(),
     "zeroing the model in place after a step": lambda model, opt: (opt.step(), model.zero_grad(set_to_none=False)),
+    "what was clipped in a step long past": lambda model, opt: (
+        clip(model, opt),
+        opt.release(False),
+        opt.step(),
+        model.zero_grad(),
+        opt.release(),
+    ),
     "switching release": lambda model, opt: (opt.release(False), clip(model, opt), opt.release()),
 }
 

@@ -115,6 +115,7 @@ class GradientRelease:
                 del _hooks[parameter]
         self._attached = WeakTensorKeyDictionary()
         self._next_bytes = {}
+        self.altered = False
         self._remove_witness()
 
     def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
