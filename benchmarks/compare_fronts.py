@@ -1,7 +1,7 @@
-"""What came out of comparisons: every setting, the rate chosen for each variant, and fronts over all rates.
+"""What came out of comparisons: every setting, the rate chosen for each variant, fronts over all rates, and pairs.
 
 Example: python benchmarks/compare_fronts.py cola/metrics.jsonl ablations/metrics.jsonl --left "gsm8k: recall@1" \
-    --svg fronts.svg
+    --pair nanoadam adamw --svg fronts.svg
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ def spread(values: Sequence[float], form: str) -> str:
     return format(statistics.mean(values), form) + deviation
 
 
-def settings(runs: Sequence[dict[str, Any]]) -> str:
+def shown(head: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool) -> str:
+    if not markdown:
+        return common.table(head, rows)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def settings(runs: Sequence[dict[str, Any]], markdown: bool) -> str:
     """Each variant at each rate: means and standard deviations over seeds."""
     labels = list(runs[0]["retained"])
     rows = []
@@ -51,7 +58,7 @@ def settings(runs: Sequence[dict[str, Any]]) -> str:
             ]
         )
     head = ["variant", "rate", "seeds", "metric x 100", "l2 moved", "moved", *(f"lost {label}" for label in labels)]
-    return common.table(head, rows)
+    return shown(head, rows, markdown)
 
 
 def found(runs: Sequence[dict[str, Any]], left: str, reference: fronts.Point) -> list[dict[str, Any]]:
@@ -60,7 +67,48 @@ def found(runs: Sequence[dict[str, Any]], left: str, reference: fronts.Point) ->
     return fronts.table(points, ("metric", "left"), reference, variant, rate)
 
 
-def summary(runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], left: str, levels: Sequence[float]) -> str:
+def pairs(runs: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], left: str, markdown: bool) -> str:
+    """One variant minus another, seed by seed: at each rate that both have, and at the rates chosen for them.
+
+    The seeds of a comparison share data order and head, so that differences spread less than the runs do.
+    """
+    chosen = {row["variant"]: row["learning_rate"] for row in tables.table(runs, True)}
+    good = [run for run in runs if run["metric"] is not None]
+    lines = []
+    for one, other in names:
+        both = sorted({rate(r) for r in runs if variant(r) == one} & {rate(r) for r in runs if variant(r) == other})
+        best = (chosen[one], chosen[other])
+        for rates in dict.fromkeys([*((at, at) for at in both), best]):
+            first, second = (
+                {r["seed"]: r for r in good if (variant(r), rate(r)) == key}
+                for key in zip((one, other), rates, strict=True)
+            )
+            seeds = sorted(first.keys() & second.keys())
+            if not seeds:
+                continue
+            metric = [100 * (first[seed]["metric"] - second[seed]["metric"]) for seed in seeds]
+            after = [first[seed]["retained"][left]["after"] - second[seed]["retained"][left]["after"] for seed in seeds]
+            lines.append(
+                [
+                    f"{one} - {other}",
+                    " and ".join(f"{at:g}" for at in dict.fromkeys(rates)) + " (chosen)" * (rates == best),
+                    ", ".join(f"{value:+.1f}" for value in metric),
+                    spread(metric, "+.1f").replace("± +", "± "),
+                    ", ".join(f"{value:+.3f}" for value in after),
+                    spread(after, "+.3f").replace("± +", "± "),
+                ]
+            )
+    head = ["pair", "rate", "metric x 100 by seed", "mean", f"left of {left} by seed", "mean"]
+    return shown(head, lines, markdown)
+
+
+def summary(
+    runs: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    left: str,
+    levels: Sequence[float],
+    markdown: bool,
+) -> str:
     """The rate that each variant is given, its area, and the most that is left where the metric reaches a level."""
     chosen = {row["variant"]: row for row in tables.table(runs, True)}
     lines = []
@@ -80,15 +128,32 @@ def summary(runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], left
                 len(rates),
                 f"{best['learning_rate']:g}",
                 edge if len(rates) > 1 else "",
-                f"{100 * best['metric']['mean']:.1f}",
-                f"{best['retained'][left]['after']['mean']:.3f}",
+                spread([100 * value for value in own(runs, best, lambda run: run["metric"])], ".1f"),
+                spread(own(runs, best, lambda run: run["retained"][left]["after"]), ".3f"),
                 f"{row['area']:.3f}",
                 f"{row['area_mean']:.3f}{deviation}",
                 *("-" if value is None else f"{value:.3f}" for value in reached),
             ]
         )
     head = ["variant", "rates", "chosen", "edge", "metric x 100", "left", "area", "area by seed"]
-    return common.table([*head, *(f"left at {100 * level:g}" for level in levels)], lines)
+    return shown([*head, *(f"left at {100 * level:g}" for level in levels)], lines, markdown)
+
+
+def own(runs: Sequence[dict[str, Any]], row: dict[str, Any], value: Callable[[dict[str, Any]], float]) -> list[float]:
+    """A value of each run of a variant at its chosen rate."""
+    return [value(run) for run in runs if (variant(run), rate(run)) == (row["variant"], row["learning_rate"])]
+
+
+def useless(runs: Sequence[dict[str, Any]], constant: float) -> str:
+    """Runs that stopped, and those whose metric is that of one answer to everything."""
+    found = []
+    for said, that in (
+        ("stopped", lambda run: run["metric"] is None),
+        (f"metric at most {constant:g}", lambda run: run["metric"] is not None and run["metric"] <= constant),
+    ):
+        some = Counter(f"{variant(run)} at {rate(run):g}" for run in runs if that(run))
+        found.append(f"{said}: " + (", ".join(f"{name} ({count})" for name, count in some.items()) or "none"))
+    return "\n".join(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,17 +164,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--reference", type=float, nargs=2, default=(0.0, 0.0), help="metric and measure; areas begin there"
     )
     parser.add_argument("--level", type=float, action="append", default=[], help="of the metric; any number of them")
+    parser.add_argument("--pair", nargs=2, action="append", default=[], help="two variants; any number of times")
+    parser.add_argument("--only", type=common.names, help="variants, with commas between them, in the order wanted")
+    parser.add_argument("--constant", type=float, default=0.0, help="the metric of one answer to everything")
+    parser.add_argument("--markdown", action="store_true", help="tables for a page")
     parser.add_argument("--svg", type=Path, help="where to draw")
     parser.add_argument("--title", default="")
     options = parser.parse_args(arguments)
     lines = [json.loads(line) for file in options.files for line in file.read_text().splitlines()]
+    names = list(dict.fromkeys(map(variant, lines)))
+    missing = {*(options.only or []), *(name for pair in options.pair for name in pair)} - set(names)
+    if missing:
+        parser.error(f"there is no variant {', '.join(sorted(missing))}; there is {', '.join(names)}")
+    # a variant's rates may come from several files
+    lines.sort(key=lambda line: (names.index(variant(line)), rate(line)))
+    wanted = options.only or names
+    everything, lines = lines, [line for name in wanted for line in lines if variant(line) == name]
     runs = [line for line in lines if line["metric"] is not None]
     if not runs or any(options.left not in run["retained"] for run in runs):
         parser.error(
             f"not every run has {options.left!r}; there is {', '.join(runs[0]['retained']) if runs else 'no run'}"
         )
     rows = found(lines, options.left, tuple(options.reference))  # with those that diverged: their rates have no mean
-    print(settings(runs), summary(lines, rows, options.left, options.level), sep="\n\n")
+    print(
+        settings(runs, options.markdown),
+        summary(lines, rows, options.left, options.level, options.markdown),
+        sep="\n\n",
+    )
+    if options.pair:
+        print("", pairs(everything, options.pair, options.left, options.markdown), sep="\n")
+    print("", useless(lines, options.constant), sep="\n")
     if options.svg:
         figure = fronts.figure(rows, ("metric of the new task", f"left of {options.left}"), options.title)
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fronts"}):

@@ -155,8 +155,8 @@ class Bench:
         repeats, warmup = self.options.repeats, self.options.warmup
         return {
             "device": common.median(common.device_ms, work, self.device, repeats, warmup, before),
-            "host": common.median(common.host_ms, work, self.device, repeats, 1, before),
-            "wall": common.median(common.wall_ms, work, self.device, repeats, 1, before),
+            "host": common.median(common.host_ms, work, self.device, repeats, warmup, before),
+            "wall": common.median(common.wall_ms, work, self.device, repeats, warmup, before),
         }
 
     def in_a_row(self, work: Callable[[], Any]) -> float:

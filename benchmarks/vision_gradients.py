@@ -5,6 +5,8 @@
 
 AdamW on CIFAR-10, batch 128, by the loop of the forgetting front; r of every convolution of at least 1,000 weights, in
 training mode, on the batch of that step. From scratch: weights as transformers draws them, at a rate of their own.
+--shuffled 200 adds what both would be if gradients fell anywhere: random ones in their place, so many times, on the
+weights of the first seed before training; with --seeds 0 nothing is trained, and a CPU is enough.
 """
 
 import argparse
@@ -42,9 +44,38 @@ def model_of(folder: Path, scratch: bool, seed: int, device: torch.device):
     return model
 
 
+def measured(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, (p, role) in tensors(model).items() if role == "matrix" and p.numel() >= LEAST}
+
+
+def kind(weight: torch.Tensor) -> str:
+    return "pointwise" if weight.shape[-1] == 1 else "depthwise"
+
+
+def shuffled(folder: Path, repeats: int) -> dict:
+    """Mean r and overlap of gradients that fall anywhere: over all tensors, and over those of a kind."""
+    found = {"repeats": repeats, "kinds": {}, "independent": {}}
+    for scratch in (False, True):
+        generator, drawn = torch.Generator().manual_seed(0), []
+        wide = {name: p.detach() for name, p in measured(model_of(folder, scratch, 0, torch.device("cpu"))).items()}
+        for _ in range(repeats):
+            gradients = {name: torch.rand(p.shape, generator=generator) for name, p in wide.items()}
+            drawn.append({name: analysis.relation(p, gradients[name]) for name, p in wide.items()})
+        kinds = {name: kind(p) for name, p in wide.items()}
+        groups = {"all": list(wide)} | {key: [n for n in wide if kinds[n] == key] for key in set(kinds.values())}
+        start = "scratch" if scratch else "pretrained"
+        found[start] = {
+            group: {key: [statistics.mean(d[n][key] for n in names) for d in drawn] for key in ("ratio", "overlap")}
+            for group, names in groups.items()
+        }
+        found["kinds"] |= kinds
+        found["independent"][start] = {name: analysis.independent_ratio(p) for name, p in wide.items()}
+    return found
+
+
 def one(arguments, train, test, scale, scratch: bool, seed: int) -> dict:
     model = model_of(arguments.data / "mobilenet", scratch, seed, train.labels.device)
-    wide = {name: p for name, (p, role) in tensors(model).items() if role == "matrix" and p.numel() >= LEAST}
+    wide = measured(model)
     drawn = list(wide)[-1]
 
     def measure(weight, gradient):
@@ -84,21 +115,26 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=96)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--scratch-lr", type=float, default=1e-3)
+    parser.add_argument("--shuffled", type=int, default=0, help="how often random gradients are drawn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    result = {**runs.environment(device=str(device)), "settings": settings, "runs": []}
+    if arguments.shuffled:
+        result["shuffled"] = shuffled(arguments.data / "mobilenet", arguments.shuffled)
+        arguments.out.write_text(json.dumps(result) + "\n")
+    if not arguments.seeds:
+        return
     train = vision.load(arguments.data / "cifar10-train.npz", arguments.side, device, rows=arguments.rows)
     test = vision.load(arguments.data / "cifar10-test.npz", arguments.side, device, rows=5000)
     scale = vision.read_scale(arguments.data / "mobilenet")
-    table = []
     for seed in range(arguments.seeds):
         for scratch in (False, True):
             row = one(arguments, train, test, scale, scratch, seed)
-            table.append(row)
+            result["runs"].append(row)
             cells = [f"{key}[{s}] {v:.3f}" for key in ("ratio", "independent", "overlap") for s, v in row[key].items()]
             print(row["from"], seed, f"accuracy {row['accuracy']:.3f}", *cells, flush=True)
-            settings = {key: str(value) for key, value in vars(arguments).items()}
-            result = {**runs.environment(device=str(device)), "settings": settings, "runs": table}
             arguments.out.write_text(json.dumps(result) + "\n")
 
 

@@ -182,9 +182,69 @@ def test_fronts_of_comparisons(tmp_path):
     done = run("compare_fronts", str(file), "--left", "old: recall@1", "--level", "0.35", "--svg", str(picture))
     assert done.returncode == 0, done.stderr
     a = next(line.split() for line in done.stdout.split("\n\n")[1].splitlines() if line.startswith("a "))
-    assert a[2:6] == ["0.001", "lower", "40.5", "0.500"]
-    assert a[6] == "0.285"  # 0.405 * 0.5 + 0.205 * 0.4: a rate that one of its seeds diverged at has no mean
+    assert a[2:10] == ["0.001", "lower", "40.5", "±", "0.7", "0.500", "±", "0.000"]
+    assert a[10] == "0.285"  # 0.405 * 0.5 + 0.205 * 0.4: a rate that one of its seeds diverged at has no mean
     assert a[-1] == "0.500"
     assert "c 1 none - - -" in " ".join(done.stdout.split())
     assert "old: recall@1" in picture.read_text()
     assert "not every run has" in run("compare_fronts", str(file), "--left", "old: mrr").stderr
+    assert "stopped: a at 0.1 (1), a at 1 (1), c at 0.001 (1)\nmetric at most 0: none" in done.stdout
+
+    pair = ["--pair", "a", "b", "--constant", "0.3", "--markdown"]
+    done = run("compare_fronts", str(file), "--left", "old: recall@1", "--only", "b,a", *pair)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    assert [row[0] for row in rows if row[0] in ("a", "b")][:2] == ["b", "a"]
+    expected = ["a - b", "0.001 (chosen)", "+10.0, +10.0", "+10.0 ± 0.0", "+0.100, +0.100", "+0.100 ± 0.000"]
+    assert rows[-1] == expected
+    assert "metric at most 0.3: b at 0.001 (1), a at 0.01 (2)" in done.stdout
+    refused = run("compare_fronts", str(file), "--left", "old: recall@1", "--only", "a,d")
+    assert refused.returncode == 2
+    assert "there is no variant d; there is a, b, c" in refused.stderr
+
+
+def test_fronts_of_forgetting(tmp_path):
+    pytest.importorskip("matplotlib")
+    start = {"kind": "task2", "norms": "trained", "start": "AdamW", "start_rate": 2e-4, "l2": 1.0, "touched": 0.5}
+    lines = [
+        {**start, "method": name, "rate": rate, "seed": seed, "task1": 0.8 + bonus, "task2": task2 + 0.01 * seed,
+         "task1_after": after + bonus, "course": [[10, 0.6, 0.7], [20, task2, after]], "series": series}
+        for name, series, bonus, points in (
+            ("AdamW", 1, 0.0, [(1e-3, 0.8, 0.5), (1e-2, 0.7, 0.7)]),
+            ("NanoAdam 1 %", 1, 0.0, [(1e-3, 0.8, 0.6)]),
+            ("random 1 %", 2, 0.1, [(1e-3, 0.8, 0.6)]),
+        )
+        for rate, task2, after in points
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
+    lines.append({**start, "kind": "task1", "method": "AdamW", "rate": 2e-4, "seed": 0, "start": None, "task1": 0.8})
+    lost = {"task2": None, "task1_after": None, "stopped": "the loss is not finite"}
+    lines += [{**line, "rate": 1.0, **lost} for line in lines if line["method"] == "NanoAdam 1 %"]
+    rows_file, lines_file = tmp_path / "forgetting.json", tmp_path / "metrics.jsonl"
+    rows_file.write_text('{\n"runs": ' + json.dumps(lines) + "\n}\n")
+    lines_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = ["--pair", "NanoAdam 1 %", "AdamW", "--pair", "random 1 %", "NanoAdam 1 %"]
+    done = run("vision_fronts", str(rows_file), *pairs, "--pictures", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    nano = next(row for row in rows if row[0] == "NanoAdam 1 %")
+    # (0.81 - 0.5) * (0.6 - 0.1), and from a loss of 0.7: (0.81 - 0.5) * (0.7 - 0.2); by seed ± 0.005
+    assert nano[1:] == ["1", "0.155 ± 0.005", "0.155 ± 0.005", "-", "-", "-"]
+    other = next(row for row in rows if row[0] == "random 1 %")
+    assert other[1:4] == [
+        "2",
+        "0.186 ± 0.006",
+        "0.155 ± 0.005",
+    ]  # 0.1 more of task 1 to begin with: what is kept is level
+    shared, apart = rows[-2:]
+    # AdamW: 0.2 * 0.6 + 0.1 * 0.4 for seed 0, then 0.21 * 0.6 + 0.1 * 0.4, 0.22 * 0.6 + 0.1 * 0.4
+    assert (
+        shared
+        == ["NanoAdam 1 % - AdamW", "-0.010, -0.011, -0.012", "**-0.011 ± 0.001**", "1 of 2", "0 of 1"] + ["-"] * 4
+    )
+    assert apart == ["random 1 % - NanoAdam 1 %", "other start", "+0.000 ± 0.007", "1 of 1", "1 of 1"] + ["-"] * 4
+    assert all((tmp_path / f"forgetting_{name}.png").stat().st_size for name in ("fronts", "own", "variants"))
+    assert run("vision_fronts", str(lines_file), *pairs).stdout == done.stdout
+    early = run("vision_fronts", str(rows_file), "--epoch", "10").stdout
+    assert "| NanoAdam 1 % | 1 | 0.060 ± 0.000 | 0.060 ± 0.000 |" in early  # (0.6 - 0.5) * (0.7 - 0.1)
+    assert "there is no method b" in run("vision_fronts", str(rows_file), "--pair", "AdamW", "b").stderr

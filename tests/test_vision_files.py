@@ -103,14 +103,17 @@ def test_flowers_are_labelled_by_their_folder(program, tmp_path: Path) -> None:
     assert found["images"][0].mean() < found["images"][1].mean()
 
 
-def test_gradients_are_measured_from_both_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_measured_from_both_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from nanoadam.lab import smoke
 
     smoke.model("mobilenet", tmp_path / "mobilenet")
     for split, count in (("train", 32), ("test", 8)):
         smoke.images(tmp_path / f"cifar10-{split}.npz", count, 3)
     arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out.json"), "--seeds", "1", "--epochs", "1"]
-    monkeypatch.setattr("sys.argv", ["vision_gradients", *arguments, "--side", "32", "--device", "cpu"])
+    arguments += ["--side", "32", "--device", "cpu", "--shuffled", "3"]
+    monkeypatch.setattr("sys.argv", ["vision_gradients", *arguments])
     load_program("vision_gradients").main()
     found = json.loads((tmp_path / "out.json").read_text())
     assert [run["from"] for run in found["runs"]] == ["pretrained", "scratch"]
@@ -118,6 +121,18 @@ def test_gradients_are_measured_from_both_starts(tmp_path: Path, monkeypatch: py
         assert run["ratio"]["0"] > 0
         assert len(run["points"]["0"]["weight"]) == len(run["points"]["0"]["gradient"]) > 0
         assert 0 < run["shift"]["touched"] <= 1
+    for start in ("pretrained", "scratch"):
+        anywhere = found["shuffled"][start]
+        assert len(anywhere["all"]["ratio"]) == 3 and min(anywhere["all"]["ratio"]) > 0
+        assert min(anywhere["all"]["overlap"]) >= 0
+    assert set(found["shuffled"]["kinds"]) == set(found["runs"][0]["tensors"]["0"])
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    shown, picture = load_program("gradient_tables"), tmp_path / "planes.png"
+    shown.main([str(tmp_path / "out.json"), "--picture", str(picture)])
+    assert "| pretrained | 0 |" in capsys.readouterr().out
+    assert picture.stat().st_size
 
 
 @pytest.mark.skipif(not (SHARED / "mobilenet_v1_075_imagenet").is_dir(), reason="the weights are not here")

@@ -55,5 +55,6 @@ if __name__ == "__main__":
     train(torch.float16, 0.1, criterion="gradient")
     train_microadam(torch.bfloat16)
     train_microadam(torch.float32, stochastic_rounding=False)
+    train_microadam(torch.float16, weight_decay=0.1)  # every weight moves
     torch.cuda.synchronize()
     print("done")

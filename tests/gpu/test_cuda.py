@@ -228,4 +228,6 @@ def test_a_model_may_move_after_its_optimizer_was_made(steps):
             opt.step()
             opt.zero_grad()
         results.append(bits(model))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    # Gradients of the CPU are rounded in other ways, which a quotient of moments may enlarge; a lost moment or a wrong
+    # selection would show as a whole learning rate.
+    torch.testing.assert_close(*results, rtol=1e-4, atol=5e-5)

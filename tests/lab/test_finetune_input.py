@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 import tiny
 from nanoadam import cli
 from nanoadam.lab import data
+from nanoadam.lab.config import Config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -246,3 +247,23 @@ def test_a_glue_file_keeps_its_quotation_marks(tmp_path: Path) -> None:
     rows = data._table("\t")(path, ("source", "label", "star", "sentence"))
     assert rows["sentence"][:] == ['They said "no.', '"Yes" said they.']
     assert rows["label"][:] == [1, 0]
+
+
+def test_some_rows_are_drawn_from_a_file_that_is_sorted_by_label(tmp_path: Path) -> None:
+    rows = [{"text": f"row {i}", "label": i // 50} for i in range(100)]
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def some(seed: int) -> tuple[list[str], list[str]]:
+        config = Config(
+            model="-", train=str(tmp_path / "sorted.jsonl"), validation=str(tmp_path / "sorted.jsonl"), seed=seed,
+            train_rows=20, validation_rows=10,
+        )  # fmt: skip
+        train, validation = data.load(config)
+        return train.rows["text"][:], validation.rows["text"][:]
+
+    train, validation = some(0)
+    places = [int(text.split()[1]) for text in train]
+    assert len(set(places)) == 20 and places == sorted(places)  # in their order
+    assert 5 <= sum(place < 50 for place in places) <= 15  # of both labels
+    assert len(validation) == 10
+    assert some(1) == (train, validation)  # a comparison's seeds learn the same rows

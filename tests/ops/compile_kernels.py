@@ -21,7 +21,7 @@ POINTERS = {
 POINTERS |= dict.fromkeys(("corrections", "lr_pointer", "scale_pointer"), "*fp32")
 NUMBERS = dict.fromkeys(("chunks", "key", "step"), "i32")
 WINDOW = {"scratch": "*fp32", "tensor_of": "*i32", "factors": "*fp32", "owners": "*i16"}
-WINDOW |= dict.fromkeys(("blocks", "row", "filled", "number"), "i32")
+WINDOW |= dict.fromkeys(("blocks", "row", "last", "filled", "number"), "i32")
 
 UPDATE = {"LR_POINTER": False, "SCALE_POINTER": True, "STEP_POINTER": False, "MAXIMIZE": False, "STOCHASTIC": True}
 UPDATE |= {"WEIGHT_TYPE": tl.bfloat16, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False, "WIDE": False, "BLOCK": 1024}
@@ -46,9 +46,10 @@ GATHER = {
     "BLOCK": 1024,
 }
 
-MICROADAM = {"WEIGHT_TYPE": tl.bfloat16, "GRADIENT_TYPE": tl.bfloat16, "STOCHASTIC": True, "BLOCK": 4096, "LANES": 64}
-MICROADAM |= {"ROWS": 16, "SMALL": True, "DENSE": False, "WIDE": False, "INTERPRETED": False}
-LARGE = {"WEIGHT_TYPE": tl.float32, "BLOCK": 256, "LANES": 256, "SMALL": False, "DENSE": True, "WIDE": True}
+BLOCKS = {"BLOCK": 4096, "WIDE": False}
+COMPRESS = BLOCKS | {"GRADIENT_TYPE": tl.bfloat16, "ALIGNED": True, "INTERPRETED": False}
+MOVE = BLOCKS | {"WEIGHT_TYPE": tl.bfloat16, "STOCHASTIC": True}
+LARGE = {"BLOCK": 256, "WIDE": True}
 
 CASES = [
     (kernels.gather, GATHER, 4),
@@ -64,15 +65,17 @@ CASES = [
         SELECT | {"CRITERION": 3, "CHANNELS_LAST": True, "SIFT": False, "CANDIDATES": 1024, "KEPT": 512},
         2,
     ),
-    (window_kernels.step, MICROADAM, 8),
-    (window_kernels.step, MICROADAM | {"DENSE": True}, 8),
-    (window_kernels.step, MICROADAM | LARGE, 1),
+    (window_kernels.compress, COMPRESS, 8),
+    (window_kernels.compress, COMPRESS | LARGE | {"GRADIENT_TYPE": tl.float32, "ALIGNED": False}, 1),
+    (window_kernels.move_few, MOVE | {"ENTRIES": 512}, 1),
+    (window_kernels.move_all, MOVE | {"LANES": 64}, 8),
+    (window_kernels.move_all, MOVE | LARGE | {"LANES": 256, "WEIGHT_TYPE": tl.float32}, 1),
 ]
 
 
 def compile_all(capability: int) -> None:
     for kernel, constants, warps in CASES:
-        known = POINTERS | NUMBERS | (WINDOW if kernel is window_kernels.step else {})
+        known = POINTERS | NUMBERS | (WINDOW if "tensor_of" in kernel.arg_names else {})
         types = {name: known.get(name, "fp32") for name in kernel.arg_names}
         types |= dict.fromkeys(constants, "constexpr")
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

@@ -1,11 +1,10 @@
-"""MicroAdam's step on GPUs: `window.update` for a list of tensors, one launch for those alike."""
+"""MicroAdam's step on GPUs: `window.update` for a list of tensors, two launches for those alike."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,10 @@ from nanoadam.ops.tables import TYPES, block_rows, on, signed, upload
 MAX_BLOCK = 8192
 """Weights in a block that a program can hold in registers."""
 
-_PROGRAMS_PER_CORE = 4  # more hide latency better, until their scratch memory no longer fits the L2 cache
+# Programs per core: more hide latency better, until their scratch memory no longer fits the L2 cache.
+_COMPRESSING = 4
+_MOVING_FEW = 24
+_MOVING_ALL = 4
 _INTERPRETED_PROGRAMS = 2
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -47,54 +49,96 @@ def update(jobs: Sequence[Job], step: Step, key: int | None) -> None:
         step: as in `window.update`, but for its `key`.
         key: of the optimizer's random bits; None rounds to nearest.
     """
-    kinds: dict[tuple[Any, ...], list[Job]] = {}
+    kinds: dict[_Kind, list[Job]] = {}
     for job in jobs:
-        size = max(BUCKET, triton.next_power_of_2(job.blocks.block))
-        kinds.setdefault((job.weight.dtype, job.gradient.dtype, size, job.weight.numel() >= 2**31), []).append(job)
-    for (weight_type, gradient_type, size, wide), members in kinds.items():
-        rows: list[list[int]] = []
-        counts: list[int] = []
-        for job in members:
-            rows.append(_row(job, sum(counts)))
-            counts.append(job.blocks.full + (job.blocks.keep_tail > 0))
-        device = members[0].weight.device
-        blocks = sum(counts)
-        programs = min(blocks, _programs(device))
-        registers = {"maxnreg": 128} if device.type == "cuda" and torch.version.cuda else {}  # two programs a core
-        rows_of_window = triton.next_power_of_2(step.window)
-        lanes = triton.next_power_of_2(max(max(job.blocks.keep, job.blocks.keep_tail) for job in members))
-        small = rows_of_window * lanes <= size // 4
-        with on(device):
-            kernels.step[(programs,)](
-                upload(rows, device),
-                block_rows(tuple(counts), device),
-                _factors(step).to(device),
-                torch.empty(programs, 2, size, dtype=torch.float32, device=device),
-                torch.empty(programs, size, dtype=torch.int16, device=device),
-                blocks,
-                (step.number - 1) % step.window,
-                min(step.number, step.window),
-                (1 - step.beta1) / (1 - step.beta1**step.number),
-                (1 - step.beta2) / (1 - step.beta2**step.number),
-                step.lr,
-                1 - step.lr * step.weight_decay,
-                step.eps,
-                signed(key or 0),
-                step.number,
-                WEIGHT_TYPE=TYPES[weight_type],
-                GRADIENT_TYPE=TYPES[gradient_type],
-                STOCHASTIC=key is not None,
-                BLOCK=size,
-                LANES=lanes,
-                ROWS=rows_of_window,
-                SMALL=small,
-                DENSE=step.weight_decay != 0 or not small,
-                WIDE=wide,
-                INTERPRETED=_INTERPRETED,
-                num_warps=max(1, min(16, size // 512)),
-                enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
-                **registers,
-            )
+        kinds.setdefault(_kind(job), []).append(job)
+    for kind, members in kinds.items():
+        with on(members[0].weight.device):
+            _launch(kind, members, step, key)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the tensors of a launch have in common."""
+
+    weight: torch.dtype
+    gradient: torch.dtype
+    size: int  # a power of 2, at least the weights of a block
+    wide: bool  # positions beyond 31 bits
+    aligned: bool  # what is read several at a time lies at multiples of 16 bytes, and there are whole buckets of it
+
+
+def _kind(job: Job) -> _Kind:
+    return _Kind(
+        weight=job.weight.dtype,
+        gradient=job.gradient.dtype,
+        size=max(BUCKET, triton.next_power_of_2(job.blocks.block)),
+        wide=job.blocks.numel >= 2**31,
+        aligned=job.blocks.numel % BUCKET == 0
+        and job.gradient.data_ptr() % 16 == 0
+        and job.state["error"].data_ptr() % 16 == 0,
+    )
+
+
+def _launch(kind: _Kind, jobs: Sequence[Job], step: Step, key: int | None) -> None:
+    rows: list[list[int]] = []
+    counts: list[int] = []
+    for job in jobs:
+        rows.append(_row(job, sum(counts)))
+        counts.append(job.blocks.full + (job.blocks.keep_tail > 0))
+    device, blocks = jobs[0].weight.device, sum(counts)
+    table, tensor_of = upload(rows, device), block_rows(tuple(counts), device)
+    common = {"BLOCK": kind.size, "WIDE": kind.wide, "enable_fp_fusion": False}  # fused: rounded once, not twice
+    kernels.compress[(_programs(device, blocks, _COMPRESSING),)](
+        table,
+        tensor_of,
+        blocks,
+        (step.number - 1) % step.window,
+        (step.number - 2) % step.window if step.number > 1 else -1,
+        GRADIENT_TYPE=TYPES[kind.gradient],
+        ALIGNED=kind.aligned,
+        INTERPRETED=_INTERPRETED,
+        num_warps=max(1, min(16, kind.size // 1024)),
+        **common,
+    )
+    most = max(max(job.blocks.keep, job.blocks.keep_tail) for job in jobs)
+    entries = triton.next_power_of_2(step.window * most)
+    few = step.weight_decay == 0 and entries <= kind.size // 4
+    common |= {"WEIGHT_TYPE": TYPES[kind.weight], "STOCHASTIC": key is not None}
+    window = _factors(step).to(device)
+    shared = (
+        blocks,
+        min(step.number, step.window),
+        (1 - step.beta1) / (1 - step.beta1**step.number),
+        (1 - step.beta2) / (1 - step.beta2**step.number),
+        step.lr,
+        1 - step.lr * step.weight_decay,
+        step.eps,
+        signed(key or 0),
+        step.number,
+    )
+    if few:
+        programs = _programs(device, blocks, _MOVING_FEW)
+        scratch = torch.empty(programs, 2, entries, dtype=torch.float32, device=device)
+        owners = torch.empty(programs, kind.size, dtype=torch.int16, device=device)
+        few_warps = max(1, entries // 128)
+        kernels.move_few[(programs,)](
+            table, tensor_of, window, scratch, owners, *shared, ENTRIES=entries, num_warps=few_warps, **common
+        )
+    else:
+        programs = _programs(device, blocks, _MOVING_ALL)
+        scratch = torch.empty(programs, 2, kind.size, dtype=torch.float32, device=device)
+        lanes = triton.next_power_of_2(most)
+        kernels.move_all[(programs,)](
+            table,
+            tensor_of,
+            window,
+            scratch,
+            *shared,
+            LANES=lanes,
+            num_warps=max(1, min(16, kind.size // 512)),
+            **common,
+        )
 
 
 def _row(job: Job, first: int) -> list[int]:
@@ -119,7 +163,7 @@ def _factors(step: Step) -> Tensor:
     return torch.tensor([[step.beta1**age, step.beta2**age] for age in ages], dtype=torch.float32)
 
 
-def _programs(device: torch.device) -> int:
+def _programs(device: torch.device, blocks: int, per_core: int) -> int:
     if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
-    return _PROGRAMS_PER_CORE * int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return min(blocks, _INTERPRETED_PROGRAMS)
+    return min(blocks, per_core * int(torch.cuda.get_device_properties(device).multi_processor_count))

@@ -61,8 +61,8 @@ class Config:
     messages_column: str | None = _key(None, "causal-lm: a list of {role, content}; the last one is learned.", "data")
     max_length: int | None = _key(None, "Most tokens of a sequence; by default what the model takes.", "data", low=2)
     truncate: bool = _key(False, "Cut longer sequences instead of refusing them.", "data")
-    train_rows: int | None = _key(None, "Use the first rows only.", "data", low=1)
-    validation_rows: int | None = _key(None, "Use the first rows only.", "data", low=1)
+    train_rows: int | None = _key(None, "Use so many rows, drawn at random; the same at every seed.", "data", low=1)
+    validation_rows: int | None = _key(None, "Use so many rows, drawn likewise.", "data", low=1)
 
     retain: tuple[str, ...] = _key(
         (), "What must not be forgotten: a text (language models), pairs of texts, labelled texts or images.", "data"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ def load(config: Config) -> tuple[Split, Split]:
         share = f"{100 * config.validation_share:g} % of {train.name}, drawn with seed {config.seed}"
         validation = Split(parts["test"], share, {**train.source, "split": share})
         train = Split(parts["train"], train.name, {**train.source, "split": "all but the validation split"})
-    return _first(train, config.train_rows), _first(validation, config.validation_rows)
+    return _some(train, config.train_rows), _some(validation, config.validation_rows)
 
 
 def read(name: str) -> Split:
@@ -86,7 +87,7 @@ def read(name: str) -> Split:
     Raises:
         ValueError: as `load`.
     """
-    return _first(_load(name, ()), None)
+    return _some(_load(name, ()), None)
 
 
 def stamp(name: str) -> tuple[Any, ...]:
@@ -121,10 +122,13 @@ def key(config: Config) -> tuple[Any, ...]:
     return (config.task, config.model, config.revision, split_off, *files, *(getattr(config, name) for name in own))
 
 
-def _first(split: Split, count: int | None) -> Split:
+def _some(split: Split, count: int | None) -> Split:
+    """That many rows in their order, drawn at random: files are often sorted by label. The same ones at every seed."""
     if len(split) == 0:
         raise ValueError(f"{split.name} is empty: there is nothing to learn from or to measure")
-    rows = split.rows if count is None else split.rows.select(range(min(count, len(split))))
+    rows = split.rows
+    if count is not None and count < len(split):
+        rows = rows.select(sorted(random.Random(0).sample(range(len(split)), count)))
     source = {**split.source, "rows": len(rows), "sha256_of_rows": _digest(rows)}
     return Split(rows, split.name, source)
 

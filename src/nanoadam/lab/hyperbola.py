@@ -108,7 +108,9 @@ def run(recipe: Recipe, setting: Setting) -> tuple[list[Row], list[Figure]]:
             runs.append(setting.out / "gradients.jsonl", {**where, **record, "value": value})
     rows = [row for key, recorders in found.items() for row in _rows(recipe, *key, recorders)]
     rows += [_stopped(*key, reasons) for key, reasons in stopped.items()]
-    return rows, [_planes(key, recorders[0]) for key, recorders in found.items() if recorders[0].gradients]
+    return rows, [
+        planes(", ".join(key), recorders[0].gradients) for key, recorders in found.items() if recorders[0].gradients
+    ]
 
 
 def _stopped(model: str, task: str, variant: str, reasons: list[str]) -> Row:
@@ -172,9 +174,17 @@ def _by_layer(records: Iterable[Mapping[str, Any]], pattern: str, early: int) ->
     return found
 
 
-def _planes(key: tuple[str, str, str], recorder: Recorder) -> Figure:
-    """|gradient| over |weight|, a row for each tensor that is drawn and a column for each step."""
-    drawn = [record for record in recorder.gradients if "points" in record["value"]]
+def planes(title: str, records: Iterable[Mapping[str, Any]]) -> Figure:
+    """|gradient| over |weight|, a row for each tensor that is drawn and a column for each step.
+
+    Args:
+        title: of the figure.
+        records: `Recorder.gradients`, or others like them; those without points are left out.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    drawn = [record for record in records if "points" in record["value"]]
     names = list(dict.fromkeys(record["name"] for record in drawn))
     steps = sorted({record["step"] for record in drawn})
     figure = Figure(figsize=(2.6 * len(steps), 2.3 * len(names) + 0.4), layout="constrained")
@@ -187,5 +197,5 @@ def _planes(key: tuple[str, str, str], recorder: Recorder) -> Figure:
                        f"{record['value']['ratio']:.3g}", fontsize=6)  # fmt: skip
         axes.tick_params(labelsize=5)
         axes.ticklabel_format(style="sci", scilimits=(0, 0))
-    figure.suptitle(f"{', '.join(key)}: |gradient| over |weight|", fontsize=9)
+    figure.suptitle(f"{title}: |gradient| over |weight|", fontsize=9)
     return figure
