@@ -1,5 +1,6 @@
 """A run folder belongs to one process at a time, and a run that is refused leaves none behind."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,29 @@ def test_what_a_killed_process_left_of_its_lock_is_no_content(tmp_path: Path) ->
     with runs.new_folder(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), OSError(errno.EOPNOTSUPP, "no"), NotImplementedError("no")]
+)
+def test_where_the_file_system_has_no_locks_runs_go_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As NFS without its lock daemon; older versions of filelock raise NotImplementedError."""
+
+    import filelock
+
+    def acquire(lock: filelock.FileLock, **_: object) -> None:
+        Path(lock.lock_file).touch()
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.warns(UserWarning, match="cannot be locked"), runs.new_folder(tmp_path / "run"):
+        runs.write(tmp_path / "run" / "config.toml", "")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+    error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError), runs.alone(tmp_path / "run"):
+        pass
 
 
 # Refused after the folder was made -------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -94,9 +95,14 @@ def _clear(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Nobody else writes into this run folder meanwhile. The lock of a process that was killed is gone with it.
+
+    Where the file system has no locks (some network ones), a warning says so, and nobody is kept out.
 
     Raises:
         RunError: another process is writing there.
@@ -110,6 +116,10 @@ def alone(out: Path) -> Iterator[None]:
         raise RunError(
             f"another process is writing to {out}: wait until it has ended, or choose another folder"
         ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{out} cannot be locked ({error}): see to it that no other process writes there", stacklevel=3)
     try:
         yield
     finally:
