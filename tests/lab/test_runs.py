@@ -239,6 +239,26 @@ def test_what_is_not_bad_input_leaves_a_folder_to_go_on_with(tmp_path: Path, err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
 
 
+def test_a_refused_run_holds_its_folder_until_all_that_it_wrote_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise somebody else begins there, whose lock the first one takes for its own and removes."""
+    clear, seen = runs._clear, []
+
+    def look(out: Path) -> None:
+        clear(out)
+        with pytest.raises(runs.RunError, match="another process is writing"), runs.alone(out):
+            pass
+        seen.extend(path.name for path in out.iterdir())
+
+    monkeypatch.setattr(runs, "_clear", look)
+    with pytest.raises(ValueError, match="cannot be made"), runs.new_folder(tmp_path / "run"):
+        runs.write(tmp_path / "run" / "config.toml", "")
+        refuse()
+    assert seen == [runs.LOCK]
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_experiment_whose_data_or_model_cannot_be_read_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,19 +61,23 @@ def new_folder(out: Path, derived: Sequence[str] = ()) -> Iterator[None]:
         FileExistsError: `out` is a file or holds files.
         RunError: another process has just begun to write there.
     """
-    made = not out.exists()
+    made, refused = not out.exists(), False
     prepare_folder(out)
-    with alone(out):
-        prepare_folder(out)  # that process may have come and gone meanwhile
-        try:
-            yield
-        except (ImportError, OSError, ValueError) as error:
-            if not isinstance(error, RunError) and _only_told(out, derived):
-                with contextlib.suppress(OSError):
-                    _clear(out)
-                    if made:
-                        out.rmdir()
-            raise
+    try:
+        with alone(out):
+            prepare_folder(out)  # that process may have come and gone meanwhile
+            try:
+                yield
+            except (ImportError, OSError, ValueError) as error:
+                if not isinstance(error, RunError) and _only_told(out, derived):
+                    refused = True
+                    with contextlib.suppress(OSError):
+                        _clear(out)
+                raise
+    finally:
+        if made and refused:
+            with contextlib.suppress(OSError):  # somebody else has begun there
+                out.rmdir()
 
 
 _TOLD = {"config.toml", "recipe.toml", "manifest.json", LOCK}
@@ -92,7 +96,8 @@ def _only_told(out: Path, derived: Sequence[str]) -> bool:
 
 def _clear(out: Path) -> None:
     for path in out.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name != LOCK:  # still held: once it is gone, what lies there under this name is somebody else's
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
