@@ -152,13 +152,11 @@ def test_what_a_killed_process_left_of_its_lock_is_no_content(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOLCK, "No locks available"), OSError(errno.EOPNOTSUPP, "no"), NotImplementedError("no")]
-)
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), OSError(errno.EOPNOTSUPP, "no")])
 def test_where_the_file_system_has_no_locks_runs_go_on_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """As NFS without its lock daemon; older versions of filelock raise NotImplementedError."""
+    """As NFS without its lock daemon."""
 
     import filelock
 

@@ -100,7 +100,7 @@ def _clear(out: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # without flock itself filelock has another way
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def alone(out: Path) -> Iterator[None]:
     Raises:
         RunError: another process is writing there.
     """
-    from filelock import FileLock, Timeout  # comes with the extra lab
+    from filelock import FileLock, Timeout  # comes with the extra lab; before 3.30 it removes locks of others
 
     lock = FileLock(out / LOCK)
     try:
@@ -121,8 +121,8 @@ def alone(out: Path) -> Iterator[None]:
         raise RunError(
             f"another process is writing to {out}: wait until it has ended, or choose another folder"
         ) from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(f"{out} cannot be locked ({error}): see to it that no other process writes there", stacklevel=3)
     try:
