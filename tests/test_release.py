@@ -713,6 +713,13 @@ ORDINARY = {
     "clipping what the model throws away": lambda model, opt: (clip(model, opt), model.zero_grad()),
     "stepping twice": lambda model, opt: opt.step(),
     "zeroing the model in place after a step": lambda model, opt: (opt.step(), model.zero_grad(set_to_none=False)),
+    "what was clipped in a step long past": lambda model, opt: (
+        clip(model, opt),
+        opt.release(False),
+        opt.step(),
+        model.zero_grad(),
+        opt.release(),
+    ),
     "switching release": lambda model, opt: (opt.release(False), clip(model, opt), opt.release()),
 }
 
@@ -754,3 +761,35 @@ def test_zeroing_the_model_is_seen_after_a_backward_that_releases_nothing(betwee
     before = bits(model)
     opt.step()
     assert torch.equal(before, bits(model))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tensor_frozen_while_it_has_a_gradient_stops_nobody_and_zeroing_is_still_seen(bias):
+    for zeroed in (False, True):
+        model = network(bias=bias)
+        opt = NanoAdam(model.parameters(), density=0.2)
+        if bias:
+            dense_loss(model).backward()
+            model[0].bias.requires_grad_(False)
+        loss_of(model, 0).backward()
+        model.requires_grad_(False)
+        opt.step()
+        if zeroed:
+            model.zero_grad()
+        before = bits(model)
+        opt.step()
+        assert torch.equal(before, bits(model)) == zeroed
+
+
+def test_what_is_kept_to_notice_zeroing_is_the_smallest_gradient():
+    model = network()
+    opt = NanoAdam(
+        [{"params": [model[4].weight], "dense": True}, {"params": [*model[:4].parameters(), model[4].bias]}],
+        density=0.2,
+    )
+    for _ in range(2):
+        loss_of(model, 0).backward()
+        head = weakref.ref(model[4].weight.grad)
+        opt.step()
+        model.zero_grad()
+        assert head() is None

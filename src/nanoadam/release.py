@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -26,6 +26,16 @@ alive at some time anyway, so letting almost as much gather elsewhere costs no m
 def stands_in(gradient: Tensor) -> bool:
     """Whether it is the empty gradient that some optimizer has left as a witness, see `GradientRelease`."""
     return gradient.is_sparse and gradient._nnz() == 0
+
+
+def _trained(parameters: Iterable[Tensor]) -> Tensor | None:
+    """The first that is not frozen, or else the first."""
+    first = None
+    for parameter in parameters:
+        if parameter.requires_grad:
+            return parameter
+        first = parameter if first is None else first
+    return first
 
 
 class _Hook:
@@ -115,6 +125,7 @@ class GradientRelease:
                 del _hooks[parameter]
         self._attached = WeakTensorKeyDictionary()
         self._next_bytes = {}
+        self.altered = False
         self._remove_witness()
 
     def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
@@ -186,17 +197,21 @@ class GradientRelease:
         dense, selected = owner._witnesses()
         if not selected:
             return
-        parameter = next((p for p in dense if p.grad is not None and not stands_in(p.grad)), None)
-        if parameter is None and not after_step:
-            return
+        # The smallest: its gradient lives on until the next backward, even if the model's are zeroed before.
+        dense, selected = (sorted(some, key=Tensor.numel) for some in (dense, selected))
+        shown = (p for p in dense if p.grad is not None and not stands_in(p.grad))
+        parameter = _trained(shown)
+        if parameter is None and after_step:
+            parameter = _trained(selected)
         if parameter is None:
-            parameter = min(selected, key=Tensor.numel)
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter, layout=torch.sparse_coo, requires_grad=False)
+            return
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter, layout=torch.sparse_coo, requires_grad=False)
         gradient = parameter.grad
         assert gradient is not None
         self._witness = (parameter, gradient, gradient._version, after_step)
-        if self._witness_hook is None or self._witness_hook[0] is not parameter:
+        hooked = self._witness_hook is not None and self._witness_hook[0] is parameter
+        if parameter.requires_grad and not hooked:  # what is frozen accumulates nothing
             self._remove_witness_hook()
             this = weakref.ref(self)  # the parameter must not keep the optimizer alive
 

@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 import tiny
 from nanoadam import cli
 from nanoadam.lab import compare, finetune, runs, tables
+from nanoadam.lab.config import Config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -228,6 +229,37 @@ def test_resume_mixes_no_two_configs_but_takes_more_runs(
     (copy / "config.toml").write_text(more)
     assert cli.main(["compare", "--resume", str(copy)]) == 0
     assert len(json.loads((copy / "manifest.json").read_text())["results"]["runs"]) == 10
+
+
+def test_resume_mixes_no_rows_of_a_variant_that_has_its_own(
+    job: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a comparison was begun by a version that chose other rows: the config says the same."""
+    rows = [{"prompt": r["text"], "completion": r["label"]} for r in tiny.sentences(20)]
+    few, validation = (tiny.jsonl(tmp_path / f"{name}.jsonl", rows) for name in ("few", "validation"))
+    config = Config(
+        task="causal-lm", model=str(job["model"]), train=str(job["train"]), validation=str(validation), device="cpu",
+        max_steps=1, batch_size=8,
+    )  # fmt: skip
+    sections = {"all": {"optimizer": "sgd"}, "few": {"optimizer": "sgd", "train": str(few), "train_rows": 10}}
+    comparison = compare.Comparison(config, compare.variants(None, [1e-3], sections), seeds=(0, 1))
+    one, begun, out = compare._one, [], tmp_path / "run"
+
+    def stop(task: compare._Task) -> compare.Outcome:
+        begun.append(task.case.name)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return one(task)
+
+    monkeypatch.setattr(compare, "_one", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(comparison, out)
+    before = few.read_text()
+    few.write_text("".join(reversed(before.splitlines(keepends=True))))
+    with pytest.raises(ValueError, match=r"the train data of the run few-0\.001-0 is not what it was"):
+        compare.resume(out)
+    few.write_text(before)
+    assert len(compare.resume(out)["runs"]) == 4
 
 
 @pytest.mark.parametrize("manifest", ["{", "[]", "{}", '{"command": "nanoadam finetune"}'])

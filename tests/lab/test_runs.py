@@ -1,5 +1,6 @@
 """A run folder belongs to one process at a time, and a run that is refused leaves none behind."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,27 @@ def test_what_a_killed_process_left_of_its_lock_is_no_content(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), OSError(errno.EOPNOTSUPP, "no")])
+def test_where_the_file_system_has_no_locks_runs_go_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As NFS without its lock daemon."""
+
+    import filelock
+
+    def acquire(lock: filelock.FileLock, **_: object) -> None:
+        Path(lock.lock_file).touch()
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.warns(UserWarning, match="cannot be locked"), runs.new_folder(tmp_path / "run"):
+        runs.write(tmp_path / "run" / "config.toml", "")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+    error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError), runs.alone(tmp_path / "run"):
+        pass
+
+
 # Refused after the folder was made -------------------------------------------------------------------------
 
 
@@ -213,6 +235,26 @@ def test_what_is_not_bad_input_leaves_a_folder_to_go_on_with(tmp_path: Path, err
         runs.write(tmp_path / "run" / "config.toml", "")
         raise error
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+
+
+def test_a_refused_run_holds_its_folder_until_all_that_it_wrote_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise somebody else begins there, whose lock the first one takes for its own and removes."""
+    clear, seen = runs._clear, []
+
+    def look(out: Path) -> None:
+        clear(out)
+        with pytest.raises(runs.RunError, match="another process is writing"), runs.alone(out):
+            pass
+        seen.extend(path.name for path in out.iterdir())
+
+    monkeypatch.setattr(runs, "_clear", look)
+    with pytest.raises(ValueError, match="cannot be made"), runs.new_folder(tmp_path / "run"):
+        runs.write(tmp_path / "run" / "config.toml", "")
+        refuse()
+    assert seen == [runs.LOCK]
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_experiment_whose_data_or_model_cannot_be_read_leaves_no_folder(

@@ -273,7 +273,8 @@ def _resume(out: Path, progress: Progress | None, jobs: int) -> dict[str, Any]:
             raise ValueError(f"the {split} data is not what it was when {out} began: the table would mix two jobs")
     done = finished(comparison, out)
     for case in comparison.cases():
-        written = out / "runs" / case.name / "config.toml"
+        folder = out / "runs" / case.name
+        written = folder / "config.toml"
         if case.key in done and written.is_file():
             then_config = Config(**configs.read(written))
             changed = [key for key in FIELDS if getattr(then_config, key) != getattr(case.config, key)]
@@ -282,7 +283,23 @@ def _resume(out: Path, progress: Progress | None, jobs: int) -> dict[str, Any]:
                     f"{changed[0]} in {out / 'config.toml'} is not what it was when the run {case.name} was made: the "
                     "table would mix two jobs; set it back, or begin anew with --out"
                 )
+        if case.key in done and (folder / "manifest.json").is_file():
+            _check_rows(case, _read(folder / "manifest.json").get("data", {}))
     return _go(comparison, out, job, progress, jobs)
+
+
+def _check_rows(case: Case, then: Mapping[str, Any]) -> None:
+    """Refuse a finished run whose rows would be others now: a variant or a seed may have rows of its own."""
+    try:
+        splits = finetune.rows(case.config)
+    except ValueError:  # they cannot be read any more: nobody else will read others
+        return
+    for name, split in zip(("train", "validation"), splits, strict=True):
+        if then.get(name, {}).get("sha256_of_rows") not in (None, split.source["sha256_of_rows"]):
+            raise ValueError(
+                f"the {name} data of the run {case.name} is not what it was when it was made: the table would mix two "
+                "jobs; begin anew with --out"
+            )
 
 
 def load(out: Path) -> tuple[Comparison, dict[str, Any]]:

@@ -67,6 +67,15 @@ def quiet() -> None:
     warnings.simplefilter("ignore", FutureWarning)
 
 
+def rows(config: Config) -> tuple[data.Split, data.Split]:
+    """The training and the validation split, read once in a process.
+
+    Raises:
+        ValueError: as `data.load`.
+    """
+    return data.remembered(("rows", data.key(config)), lambda: data.load(config))
+
+
 def prepare(config: Config) -> Job:
     """Read data and model; everything random comes from the config's seed.
 
@@ -74,7 +83,7 @@ def prepare(config: Config) -> Job:
         ValueError: for whatever a config can get wrong, in one sentence.
     """
     optimizers.check(config)
-    train, validation = data.remembered(("rows", data.key(config)), lambda: data.load(config))
+    train, validation = rows(config)
     set_seed(config.seed)
     task = tasks.make(config, train, validation)
     if config.norm_momentum is not None:

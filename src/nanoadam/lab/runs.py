@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -60,19 +61,23 @@ def new_folder(out: Path, derived: Sequence[str] = ()) -> Iterator[None]:
         FileExistsError: `out` is a file or holds files.
         RunError: another process has just begun to write there.
     """
-    made = not out.exists()
+    made, refused = not out.exists(), False
     prepare_folder(out)
-    with alone(out):
-        prepare_folder(out)  # that process may have come and gone meanwhile
-        try:
-            yield
-        except (ImportError, OSError, ValueError) as error:
-            if not isinstance(error, RunError) and _only_told(out, derived):
-                with contextlib.suppress(OSError):
-                    _clear(out)
-                    if made:
-                        out.rmdir()
-            raise
+    try:
+        with alone(out):
+            prepare_folder(out)  # that process may have come and gone meanwhile
+            try:
+                yield
+            except (ImportError, OSError, ValueError) as error:
+                if not isinstance(error, RunError) and _only_told(out, derived):
+                    refused = True
+                    with contextlib.suppress(OSError):
+                        _clear(out)
+                raise
+    finally:
+        if made and refused:
+            with contextlib.suppress(OSError):  # somebody else has begun there
+                out.rmdir()
 
 
 _TOLD = {"config.toml", "recipe.toml", "manifest.json", LOCK}
@@ -91,17 +96,23 @@ def _only_told(out: Path, derived: Sequence[str]) -> bool:
 
 def _clear(out: Path) -> None:
     for path in out.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name != LOCK:  # still held: once it is gone, what lies there under this name is somebody else's
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # without flock itself filelock has another way
 
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Nobody else writes into this run folder meanwhile. The lock of a process that was killed is gone with it.
 
+    Where the file system has no locks (some network ones), a warning says so, and nobody is kept out.
+
     Raises:
         RunError: another process is writing there.
     """
-    from filelock import FileLock, Timeout  # comes with the extra lab
+    from filelock import FileLock, Timeout  # comes with the extra lab; before 3.30 it removes locks of others
 
     lock = FileLock(out / LOCK)
     try:
@@ -110,6 +121,10 @@ def alone(out: Path) -> Iterator[None]:
         raise RunError(
             f"another process is writing to {out}: wait until it has ended, or choose another folder"
         ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{out} cannot be locked ({error}): see to it that no other process writes there", stacklevel=3)
     try:
         yield
     finally:
