@@ -48,6 +48,10 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def written(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder of the experiment, never interrupted."""
@@ -139,7 +143,7 @@ def test_an_interrupted_experiment_ends_as_one_that_was_not(
         with pytest.raises(KeyboardInterrupt):
             reproduce.run(smoke(name), out)
     assert manifest(out)["results"] is None
-    before = content(out)
+    before, times = content(out), written(out)
     with pytest.MonkeyPatch.context() as patch:
         seen = watch(patch, out)
         capsys.readouterr()
@@ -150,7 +154,9 @@ def test_an_interrupted_experiment_ends_as_one_that_was_not(
     after = content(out)
     unchanged = [path for path in before if any(fnmatch.fnmatch(path, pattern) for pattern in kept)]
     assert len(unchanged) > 3
-    assert all(after[path] == before[path] for path in unchanged)
+    assert all(after[path] == before[path] and written(out)[path] == times[path] for path in unchanged)
+    inner = [path for path in after if fnmatch.fnmatch(path, "*/manifest.json")]
+    assert inner and all(json.loads(after[path])["results"] for path in inner)
     assert timeless(results) == timeless(manifest(expected)["results"])
     assert results["notes"] == manifest(expected)["results"]["notes"]
     assert list(manifest(out)) == list(manifest(expected))
@@ -205,8 +211,7 @@ def test_a_killed_experiment_ends_as_one_that_was_not(tmp_path: Path, monkeypatc
     assert seen == []  # it was killed among its answers
     monkeypatch.undo()
     assert timeless(resumed) == timeless(reproduce.run(recipe.load("gsm8k", "smoke"), never))
-    assert not (out / runs.LOCK).exists()
-    assert not list(out.rglob("model.safetensors")) or list(never.rglob("model.safetensors"))
+    assert content(out).keys() == content(never).keys()  # no lock, no model
 
 
 # Fronts ------------------------------------------------------------------------------------------------------
@@ -254,9 +259,8 @@ def test_a_front_without_its_weights_is_whole_if_nothing_needs_them(
 
 
 def test_the_toy_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(toy.SIZES, "smoke", {"seeds": (0,), "steps": 2})
     monkeypatch.setattr(toy, "GRID", {name: values[:1] for name, values in toy.GRID.items()})
-    monkeypatch.setattr(toy, "SCALES", toy.SCALES[:1])
-    monkeypatch.setattr(toy, "OTHERS", toy.OTHERS[:1])
     out = tmp_path / "run"
 
     def stop(what: str, done: int, total: int) -> None:
@@ -306,6 +310,18 @@ def test_a_finished_run_is_one_whose_line_is_there(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text("".join(text.splitlines(keepends=True)[:2])[:-5])
     assert lines() == again
     assert done[0] == ("good", 1) and len(done) == 7
+
+
+def test_a_model_that_is_made_is_whole_or_not_there(tmp_path: Path) -> None:
+    def make(folder: Path, killed: bool) -> None:
+        (folder / "config.json").touch()
+        if killed:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiments._once(tmp_path / "pruned", lambda folder: make(folder, True))
+    assert not (tmp_path / "pruned").exists()
+    assert (experiments._once(tmp_path / "pruned", lambda folder: make(folder, False)) / "config.json").exists()
 
 
 # What is refused ---------------------------------------------------------------------------------------------

@@ -281,7 +281,10 @@ def ensure(comparison: Comparison, out: Path, progress: Progress | None = None, 
         return run(comparison, out, progress, jobs)
     begun, manifest = load(out)
     if begun != comparison.resolved():
-        raise ValueError(f"{out / 'config.toml'} is not what it was when it was written: set it back, or begin anew")
+        raise ValueError(
+            f"{out / 'config.toml'} is not what it was when it was written, or the folder has been moved: set it back, "
+            "or begin anew with --out"
+        )
     results: dict[str, Any] = manifest["results"]
     ended = _read(out / "manifest.json").get("results") is not None
     return results if ended and not results["unfinished"] else resume(out, progress, jobs)
