@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from nanoadam import cli
-from nanoadam.lab import experiments, finetune, front, recipe, reproduce, runs, toy
+from nanoadam.lab import experiments, finetune, front, recipe, reproduce, runs, toy, toy_report
 from nanoadam.lab.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -261,6 +261,7 @@ def test_a_front_without_its_weights_is_whole_if_nothing_needs_them(
 def test_the_toy_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(toy.SIZES, "smoke", {"seeds": (0,), "steps": 2})
     monkeypatch.setattr(toy, "GRID", {name: values[:1] for name, values in toy.GRID.items()})
+    monkeypatch.setattr(toy_report, "write_folder", lambda results, folder, *_: (folder / "report.html").touch())
     out = tmp_path / "run"
 
     def stop(what: str, done: int, total: int) -> None:
