@@ -185,6 +185,18 @@ def test_a_config_in_an_experiment_that_was_changed_is_refused(
     assert content(out) == before
 
 
+def test_the_model_of_a_finished_run_is_not_kept(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """Nor that of one whose process was killed between its line and this."""
+    out = shutil.copytree(whole("gsm8k"), tmp_path / "run")
+    model = out / "llama-2-7b" / "microadam-0" / "model"
+    assert not model.exists()
+    model.mkdir()
+    (model / "model.safetensors").touch()
+    runs.write(out / "manifest.json", json.dumps({**manifest(out), "results": None}))
+    reproduce.resume(out)
+    assert not model.exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
