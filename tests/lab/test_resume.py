@@ -188,13 +188,14 @@ def test_a_config_in_an_experiment_that_was_changed_is_refused(
 def test_the_model_of_a_finished_run_is_not_kept(whole: Callable[[str], Path], tmp_path: Path) -> None:
     """Nor that of one whose process was killed between its line and this."""
     out = shutil.copytree(whole("gsm8k"), tmp_path / "run")
-    model = out / "llama-2-7b" / "microadam-0" / "model"
-    assert not model.exists()
-    model.mkdir()
-    (model / "model.safetensors").touch()
+    folders = [out / "llama-2-7b" / "microadam-0" / part for part in ("model", "checkpoints")]
+    for folder in folders:
+        assert not folder.exists()
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
     runs.write(out / "manifest.json", json.dumps({**manifest(out), "results": None}))
     reproduce.resume(out)
-    assert not model.exists()
+    assert not any(folder.exists() for folder in folders)
 
 
 KILLED = """
@@ -403,6 +404,12 @@ def test_other_data_and_models_are_refused(file: str, begun: Path, capsys: pytes
     assert f"{begun.parent / file} is not what it was when {begun} began" in refused(begun, capsys)
     (begun.parent / file).unlink()
     assert str(begun.parent / Path(file).parts[0]) in refused(begun, capsys)
+
+
+def test_a_file_more_in_the_models_folder_is_refused(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers may read it instead of one that was there."""
+    (begun.parent / "models" / "minilm-l6" / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json is not what it was" in refused(begun, capsys)
 
 
 def test_files_that_it_does_not_read_may_change(begun: Path) -> None:

@@ -380,8 +380,9 @@ def written(recipe: Recipe, setting: Setting) -> list[Row]:
 
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in each(cases, setting.out / "metrics.jsonl", work, setting.tell):
-        if "stopped" not in line:  # its line is on the disk: 13 GB less for each run of a 7B model
-            shutil.rmtree(folder(line["model"], line["variant"], line["seed"]) / "model", ignore_errors=True)
+        if "stopped" not in line:  # its line is on the disk: 13 GB and more for each run of a 7B model
+            for part in ("model", "checkpoints"):
+                shutil.rmtree(folder(line["model"], line["variant"], line["seed"]) / part, ignore_errors=True)
         found.setdefault((line["model"], line["variant"]), []).append(line)
     return [row for (model, variant), lines in found.items() for row in _answer_rows(recipe, model, variant, lines)]
 

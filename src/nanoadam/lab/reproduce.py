@@ -113,8 +113,8 @@ def resume(
         data, model = (folder and Path(folder) for folder in map(manifest["folders"].get, ("data", "model")))
         jobs = jobs or int(manifest["hardware"]["runs_at_once"])
         setting, inputs = _prepared(recipe, out, data, model, jobs, progress)
-        for path, digest in manifest["inputs"].items():
-            if inputs.get(path) != digest:
+        for path in {**manifest["inputs"], **inputs}:
+            if inputs.get(path) != manifest["inputs"].get(path):
                 raise ValueError(f"{path} is not what it was when {out} began: the table would mix two experiments")
         return _run(recipe, setting, {**manifest, **runs.environment(runs_at_once=jobs)})
 
@@ -128,10 +128,10 @@ def _begun(out: Path) -> tuple[Recipe, dict[str, Any]]:
         keys = recipes.read(out / "recipe.toml")
     except ValueError as error:
         raise ValueError(f"recipe.toml or manifest.json in {out} cannot be read: {error}") from error
+    if isinstance(manifest, dict) and manifest.get("results") is not None:
+        raise ValueError(f"the experiment in {out} is finished: its results are in manifest.json and report.html")
     if not isinstance(manifest, dict) or not {"name", "scale", "recipe", "inputs"} <= manifest.keys():
         raise ValueError(f"{out} holds no experiment that can be gone on with: begin anew with --out")
-    if manifest["results"] is not None:
-        raise ValueError(f"the experiment in {out} is finished: its results are in manifest.json and report.html")
     if keys != manifest["recipe"]:
         raise ValueError(
             f"recipe.toml in {out} is not what it was when the experiment began: the table would mix two experiments; "
