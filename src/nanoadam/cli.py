@@ -383,9 +383,12 @@ def _print_comparison(results: dict[str, Any], folder: Path) -> None:
 def reproduce(
     name: Annotated[str | None, typer.Argument(help="Of the experiment; see --list.", show_default=False)] = None,
     scale: Annotated[
-        str,
-        typer.Option(help="full: the paper's; small: local stand-ins; smoke: tiny random models, only to see it run."),
-    ] = "full",
+        str | None,
+        typer.Option(
+            help="full: the paper's; small: local stand-ins; smoke: tiny random models, only to see it run.",
+            show_default="full",
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of local copies of the data.", show_default="from the hub")
     ] = None,
@@ -396,14 +399,28 @@ def reproduce(
     only: Annotated[
         str | None, typer.Option(help="Models, tasks and methods by name, separated by commas.", show_default="all")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at once, where they can be spread over processes.", min=1)] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Runs at once, where they can be spread over processes.", min=1, show_default="1"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; must be new or empty.", show_default="runs/NAME-TIME")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the experiment in this run folder: what is finished is read.", show_default=False
+        ),
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="List the experiments and leave.")] = False,
     as_json: Json = False,
 ) -> None:
     """The paper's experiments: run one, and print its figures beside the paper's."""
+    if resume is not None:
+        told = {"the name": name, "--scale": scale, "--data": data, "--model": model, "--only": only, "--out": out}
+        given = [option for option, value in {**told, "--list": show or None}.items() if value is not None]
+        if given:
+            raise ValueError(f"--resume goes on with the experiment's own recipe: leave out {given[0]}")
     for module in EXTRAS | LAB_EXTRAS:
         importlib.import_module(module)
     from nanoadam.lab import finetune as single
@@ -414,18 +431,22 @@ def reproduce(
     if show:
         print(json.dumps({n: recipes.scales(n) for n in recipes.names()})) if as_json else _print_rows(lab.listing())
         return
-    if name is None:
+    if name is None and resume is None:
         raise ValueError(f"say which experiment: {', '.join(recipes.names())}")
-    chosen = recipes.load(name, scale)
-    if only is not None:
+    chosen = None if name is None else recipes.load(name, scale or "full")
+    if chosen is not None and only is not None:
         chosen = chosen.only(_list("only", only, str))
-    folder = out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = resume or out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     with _progress() as bar:
         task = bar.add_task("reading model and data", total=None)
-        results = lab.run(
-            chosen, folder, data=data, model=model, jobs=jobs,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )  # fmt: skip
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        if chosen is None:
+            results = lab.resume(folder, jobs=jobs, progress=tell)
+        else:
+            results = lab.run(chosen, folder, data=data, model=model, jobs=jobs or 1, progress=tell)
     if as_json:
         print(json.dumps({"out": str(folder), **results}))
         return

@@ -184,7 +184,8 @@ def experiment(folder: Path, **more: Any) -> front.Front:
     )
     keys = {"side": 32, "batch_size": 8, "epochs": (1, 2), "evaluate_every": 1, "shift": 2, "parts": parts}
     paths = [tuple(str(folder / f"{task}-{split}.npz") for split in ("train", "test")) for task in ("old", "new")]
-    return front.Front(str(folder / "mobilenet"), *paths, **{"methods": methods, **keys, **more})
+    model = more.pop("model", str(folder / "mobilenet"))
+    return front.Front(model, *paths, **{"methods": methods, **keys, **more})
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,21 @@ def test_runs_are_the_same_in_processes_of_their_own(lines: list[dict[str, Any]]
     before = {key(line): line.get("task1_after") for line in lines}
     assert len(again) == 3
     assert all(line.get("task1_after") == before[key(line)] for line in again)
+
+
+def test_a_run_draws_its_own_dropout_whatever_ran_before(folder: Path, tmp_path: Path) -> None:
+    model = mobilenet()
+    model.config.classifier_dropout_prob = 0.5
+    model.save_pretrained(tmp_path / "mobilenet")
+    part = front.Part(("NanoAdam",), start="AdamW", norms="frozen", seeds=(0,))
+    job = experiment(folder, parts=(part,), model=str(tmp_path / "mobilenet"))
+    found = front.run(job, tmp_path / "lines.jsonl", tmp_path / "starts")
+    assert front.run(job, tmp_path / "lines.jsonl", tmp_path / "starts") == found  # read
+    text = (tmp_path / "lines.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "lines.jsonl").write_text("".join(text[:-1]))
+    again = front.run(job, tmp_path / "lines.jsonl", tmp_path / "starts")
+    assert again[:-1] == found[:-1]
+    assert again[-1]["shift"] == found[-1]["shift"]
 
 
 def test_a_run_that_fails_loses_no_other(folder: Path, tmp_path: Path) -> None:

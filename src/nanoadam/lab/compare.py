@@ -264,6 +264,32 @@ def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[s
         return _resume(out, progress, jobs)
 
 
+def ensure(comparison: Comparison, out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
+    """The results of a comparison: read if it is finished, gone on with if it was begun, else run; see `run`.
+
+    Args:
+        comparison: what to compare.
+        out: a folder of its own: what else is there is deleted.
+        progress: as in `run`.
+        jobs: as in `run`.
+
+    Raises:
+        ValueError: as in `resume`, and if another comparison is in `out`.
+    """
+    if not (out / "manifest.json").is_file():
+        shutil.rmtree(out, ignore_errors=True)  # killed before its first run
+        return run(comparison, out, progress, jobs)
+    begun, manifest = load(out)
+    if begun != comparison.resolved():
+        raise ValueError(
+            f"{out / 'config.toml'} is not what it was when it was written, or the folder has been moved: set it back, "
+            "or begin anew with --out"
+        )
+    results: dict[str, Any] = manifest["results"]
+    ended = _read(out / "manifest.json").get("results") is not None
+    return results if ended and not results["unfinished"] else resume(out, progress, jobs)
+
+
 def _resume(out: Path, progress: Progress | None, jobs: int) -> dict[str, Any]:
     comparison, before = load(out)
     job = _prepared(comparison, jobs)

@@ -2,7 +2,8 @@
 
 Each takes a recipe and gives rows: `{"model", "task", "measure", "variant", "rate", "paper", "here", "runs"}`, where
 `here` is `{"mean", "std"}` over seeds in the paper's units or None, and `paper` its figure or None. All training is
-`nanoadam.lab.finetune`, all searching of learning rates `nanoadam.lab.compare`.
+`nanoadam.lab.finetune`, all searching of learning rates `nanoadam.lab.compare`. What stands in the run folder already
+is not done again.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def keys(recipe: Recipe, model: str, task: str, setting: Setting) -> dict[str, A
 
 def _once(path: Path, make: Callable[[Path], Any]) -> Path:
     if not path.exists():
-        make(path)
+        with runs.whole_folder(path) as folder:
+            make(folder)
     return path
 
 
@@ -123,8 +125,11 @@ def _there(path: Path) -> Path:
     return path
 
 
-def check(recipe: Recipe, setting: Setting) -> None:
+def check(recipe: Recipe, setting: Setting) -> list[Path]:
     """Refuse, before anything is written, models and data that are neither on the hub nor where they should be.
+
+    Returns:
+        The files of data and the folders of models that are read here; not those on the hub.
 
     Raises:
         ValueError: naming the folder or the file; or if what is selected leaves nothing to run.
@@ -132,16 +137,21 @@ def check(recipe: Recipe, setting: Setting) -> None:
     if not any(task != "train" and variants(recipe, model, task) for model, task in pairs(recipe)):
         raise ValueError(f"--only leaves nothing of {recipe.name}: no model that is named has the task and the method")
     if recipe.scale == "smoke":
-        return
+        return []
+    found = []
     for model, task in pairs(recipe):
         own, job = recipe.table("models")[model], recipe.keys["tasks"][task]
-        _model(model, own, setting, alone=len(recipe.table("models")) == 1)
+        name = _model(model, own, setting, alone=len(recipe.table("models")) == 1)
+        found += [] if setting.model is None else [Path(name)]
         if "file" not in job:
-            _local_data(recipe, task, job, setting)
+            local = _local_data(recipe, task, job, setting)
+            found += [Path(local[key]) for key in ("train", "validation", "medmnist") if key in local]
         elif setting.data is None:
             raise ValueError(f"{recipe.name} reads local files: --data names the folder with {recipe.keys['layout']}")
-        elif not any(p.is_file() for p in answers.places(setting.data / job["file"])):
-            _there(setting.data / job["file"])
+        else:
+            file = setting.data / job["file"]
+            found.append(next((path for path in answers.places(file) if path.is_file()), None) or _there(file))
+    return found
 
 
 def variants(recipe: Recipe, model: str, task: str) -> dict[str, dict[str, Any]]:
@@ -188,7 +198,7 @@ def comparisons(recipe: Recipe, setting: Setting) -> list[Row]:
         def tell(what: str, done: int, total: int, number: int = number, name: str = f"{model}, {task}") -> None:
             setting.tell(f"{name}: {what}", number * total + done, len(todo) * total)
 
-        results = compare.run(compare.made(job), setting.out / model / task, tell, setting.jobs)
+        results = compare.ensure(compare.made(job), setting.out / model / task, tell, setting.jobs)
         for entry in results["table"]:
             rows.append(_chosen(recipe, model, task, entry, results))
             if paper(recipe, model, entry["variant"], "rate") is not None and entry["learning_rate"] is not None:
@@ -285,25 +295,25 @@ def sequences(recipe: Recipe, setting: Setting) -> list[Row]:
     """Task 1, then task 2, then task 1 again with its own head: a run for each model, variant and seed."""
     first, second = recipe.keys["sequence"]
     cases = [
-        (model, variant, own, seed)
+        {"model": model, "variant": variant, "seed": seed}
         for model in recipe.table("models")
-        for variant, own in variants(recipe, model, first).items()
+        for variant in variants(recipe, model, first)
         for seed in recipe.keys["seeds"]
     ]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, (model, variant, own, seed) in enumerate(cases):
-        setting.tell(f"{model}, {variant}, seed {seed}", number, len(cases))
+
+    def work(model: str, variant: str, seed: int) -> dict[str, Any]:
+        own = variants(recipe, model, first)[variant]
         options = {key: value for key, value in own.items() if key != "learning_rates"}
         rates = own["learning_rates"]
         one, two = (
             Config(**{**keys(recipe, model, task, setting), **options, "learning_rate": rate, "seed": seed})
             for task, rate in ((first, rates[0]), (second, rates[-1]))
         )
-        folder = setting.out / model / f"{variant}-{seed}"
-        line = {"model": model, "variant": variant, "seed": seed}
-        line |= _attempt(functools.partial(forgetting.run, one, two, folder))
-        runs.append(setting.out / "metrics.jsonl", line)
-        found.setdefault((model, variant), []).append(line)
+        return forgetting.run(one, two, setting.out / model / f"{variant}-{seed}")
+
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in each(cases, setting.out / "metrics.jsonl", work, setting.tell):
+        found.setdefault((line["model"], line["variant"]), []).append(line)
     rows = []
     for (model, variant), lines in found.items():
         done = [line for line in lines if "stopped" not in line]
@@ -316,12 +326,33 @@ def sequences(recipe: Recipe, setting: Setting) -> list[Row]:
     return rows
 
 
+def each(
+    cases: Sequence[dict[str, Any]], path: Path, work: Callable[..., dict[str, Any]], tell: Tell
+) -> Iterator[dict[str, Any]]:
+    """The line of each run, in order: those that stand in a file are read, the others run and written there.
+
+    Args:
+        cases: what names each run; the same keys in all.
+        path: the JSONL file. A run is finished when its line is there.
+        work: takes what names a run, and gives what is measured. Others go on where it diverges or cannot run here.
+        tell: told when a run begins.
+    """
+    done = runs.finished(path, list(cases[0]))
+    for number, case in enumerate(cases):
+        line = done.get(tuple(case.values()))
+        if line is None:
+            tell(", ".join(f"seed {v}" if name == "seed" else str(v) for name, v in case.items()), number, len(cases))
+            line = {**case, **_attempt(functools.partial(work, **case))}
+            runs.append(path, line)
+        yield line
+
+
 def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a run gives, or why it gives nothing: the others go on."""
     try:
         return work()
     except (finetune.Diverged, ImportError, torch.OutOfMemoryError) as error:
-        return {"stopped": str(error).strip().splitlines()[0]}
+        failed = {} if isinstance(error, finetune.Diverged) else {"failed": True}  # it may not fail the next time
+        return {"stopped": str(error).strip().splitlines()[0], **failed}
 
 
 # Answers that are written ----------------------------------------------------------------------------------
@@ -331,23 +362,28 @@ def written(recipe: Recipe, setting: Setting) -> list[Row]:
     """Finetune a language model on prompts and answers, let it answer the tests, and count what is right (%)."""
     tests, train = _tests(recipe, setting)
     cases = [
-        (model, variant, own, seed)
+        {"model": model, "variant": variant, "seed": seed}
         for model in recipe.table("models")
-        for variant, own in variants(recipe, model, "").items()
+        for variant in variants(recipe, model, "")
         for seed in recipe.keys["seeds"]
     ]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, (model, variant, own, seed) in enumerate(cases):
-        name = f"{model}, {variant}, seed {seed}"
-        setting.tell(name, number, len(cases))
+
+    def folder(model: str, variant: str, seed: int) -> Path:
+        return setting.out / model / f"{variant}-{seed}"
+
+    def work(model: str, variant: str, seed: int) -> dict[str, Any]:
+        own = variants(recipe, model, "")[variant]
         job = keys(recipe, model, "train", setting) | {**train, "seed": seed, "save_model": True}
         options = {key: value for key, value in own.items() if key != "learning_rates"}
         config = Config(**{**job, **options, "learning_rate": own["learning_rates"][0]})
-        folder = setting.out / model / f"{variant}-{seed}"
-        line = {"model": model, "variant": variant, "seed": seed}
-        line |= _attempt(functools.partial(_answered, recipe, config, folder, tests))
-        runs.append(setting.out / "metrics.jsonl", line)
-        found.setdefault((model, variant), []).append(line)
+        return _answered(recipe, config, folder(model, variant, seed), tests)
+
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in each(cases, setting.out / "metrics.jsonl", work, setting.tell):
+        if "stopped" not in line:  # its line is on the disk: 13 GB and more for each run of a 7B model
+            for part in ("model", "checkpoints"):
+                shutil.rmtree(folder(line["model"], line["variant"], line["seed"]) / part, ignore_errors=True)
+        found.setdefault((line["model"], line["variant"]), []).append(line)
     return [row for (model, variant), lines in found.items() for row in _answer_rows(recipe, model, variant, lines)]
 
 
@@ -380,8 +416,9 @@ def _tests(recipe: Recipe, setting: Setting) -> tuple[dict[str, list[Row]], dict
 
 
 def _answered(recipe: Recipe, config: Config, folder: Path, tests: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """One run: the share of right answers of each test, each answer in `answers.jsonl`; the model is not kept."""
-    results = finetune.run(config, folder)
+    """One run: the share of right answers of each test, each answer in `answers.jsonl`."""
+    results = finetune.ensure(config, folder)
+    (folder / "answers.jsonl").unlink(missing_ok=True)  # of a process that was killed among them
     saved = dataclasses.replace(config, model=str(folder / "model"), tokenizer=None, init_from_config=False)
     network: Any = models.load_model(saved)
     network.to("cuda" if torch.cuda.is_available() and config.device == "auto" else "cpu")
@@ -400,7 +437,6 @@ def _answered(recipe: Recipe, config: Config, folder: Path, tests: Mapping[str, 
             line = {"test": name, "expected": row["answer"], "right": good, "text": text}
             runs.append(folder / "answers.jsonl", line)
         shares[name] = sum(right) / len(right)
-    shutil.rmtree(folder / "model")  # 13 GB for each run of a 7B model
     return {"accuracy": shares, "results": results}
 
 

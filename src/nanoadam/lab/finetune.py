@@ -146,8 +146,30 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         return _resume(out, progress)
 
 
+def ensure(config: Config, out: Path) -> dict[str, Any]:
+    """The results of a run: read if it is finished, gone on with if it was begun, else run.
+
+    Args:
+        config: what to do.
+        out: a folder of its own: what else is there, or a run of another config, is deleted.
+    """
+    begun = (out / "config.toml").is_file()
+    if not begun or Config(**configs.read(out / "config.toml")) != config.resolved():
+        shutil.rmtree(out, ignore_errors=True)
+        return run(config, out)
+    results: dict[str, Any] | None = _begun(out).get("results")
+    return resume(out) if results is None else results
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = {}
+    if (out / "manifest.json").is_file():
+        manifest = json.loads((out / "manifest.json").read_text())
+    return manifest
+
+
 def _resume(out: Path, progress: Progress | None) -> dict[str, Any]:
-    manifest = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").is_file() else {}
+    manifest = _begun(out)
     if manifest.get("results"):
         raise ValueError(f"the run in {out} is finished: its results are in manifest.json, its model in model/")
     config = Config(**configs.read(out / "config.toml"))

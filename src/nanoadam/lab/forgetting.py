@@ -113,6 +113,8 @@ def scores(task1: float, task2: float, task1_after: float) -> dict[str, float]:
 def run(first: Config, second: Config, out: Path) -> dict[str, Any]:
     """Two finetuning runs, each with a folder of its own in `out`, and task 1 measured again with its own head.
 
+    Goes on with what is in `out` already.
+
     Args:
         first: task 1.
         second: task 2; its model gives way to the backbone that task 1 has left, and its head is new.
@@ -124,7 +126,7 @@ def run(first: Config, second: Config, out: Path) -> dict[str, Any]:
     """
     from nanoadam.lab import finetune, models  # they need the extras; the rest of this does not
 
-    learned = finetune.run(first, out / "task1")
+    learned = finetune.ensure(first, out / "task1")
     again = dataclasses.replace(
         first, model=str(out / "task1" / "model"), init_from_config=False, optimizer="adamw", optimizer_options=()
     )
@@ -134,7 +136,7 @@ def run(first: Config, second: Config, out: Path) -> dict[str, Any]:
     job.task.processor.save_pretrained(out / "start")
     start = backbone(model)
     second = dataclasses.replace(second, model=str(out / "start"), init_from_config=False)
-    changed = finetune.run(second, out / "task2")
+    changed = finetune.ensure(second, out / "task2")
     last: Any = models.load_model(dataclasses.replace(second, model=str(out / "task2" / "model")))
     model.base_model.load_state_dict(last.base_model.state_dict())
     after = _accuracy(job, model)

@@ -204,10 +204,14 @@ def run_one(front: Front, job: Job, device: str, folder: Path) -> dict[str, Any]
     line = _key(job)
     try:
         bench = _bench(_Same(front), device)
+        torch.manual_seed(2 * job.seed + (job.start is not None))  # dropout must not depend on the runs before
         line |= _task1(front, job, bench, folder) if job.start is None else _task2(front, job, bench, folder)
     except Exception as error:  # one run's failure is no reason to lose the others
-        line["stopped"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        line |= {"stopped": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "failed": True}
     return {**line, "seconds": round(time.perf_counter() - began, 3)}
+
+
+_KEY = ("kind", "method", "rate", "norms", "seed", "start", "start_rate")
 
 
 def _key(job: Job) -> dict[str, Any]:
@@ -250,7 +254,7 @@ def _task1(front: Front, job: Job, bench: _Bench, folder: Path) -> dict[str, Any
     moved.pop("tensors")
     part = folder / f".{job.name}.{os.getpid()}"
     torch.save({"state": model.state_dict(), "accuracy": accuracy}, part)
-    os.replace(part, folder / f"{job.name}.pt")
+    os.replace(part, _weights(folder, job))
     return {"task1": accuracy if finite else None, "task1_shift": moved}
 
 
@@ -258,7 +262,7 @@ def _task2(front: Front, job: Job, bench: _Bench, folder: Path) -> dict[str, Any
     assert job.start is not None
     method, model = front.methods[job.method], bench.fresh(job)
     pretrained = forgetting.backbone(model)
-    start = bench.starts(folder / f"{job.start.name}.pt")
+    start = bench.starts(_weights(folder, job.start))
     old = forgetting.new_head(model, bench.task1[0].classes, seed=0)
     forgetting.put_head(model, old)
     model.load_state_dict(start["state"])
@@ -302,12 +306,12 @@ def run(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """All runs of an experiment, as far as the time goes.
+    """All runs of an experiment, as far as the time goes; those that have a line in `out` are finished.
 
     Args:
         front: the experiment.
         out: a JSONL file; each run's line is added as soon as it is done.
-        scratch: an empty folder for the weights after task 1.
+        scratch: a folder for the weights after task 1. What begins with weights that are gone has them made again.
         processes: how many runs at once, each in a process of its own and on one of the visible GPUs in turn; 1 runs
             everything in this process.
         seconds: no run begins later than this.
@@ -315,22 +319,30 @@ def run(
         progress: told after each run.
 
     Returns:
-        The lines.
+        The lines, in the order of the jobs.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     until = time.time() + (math.inf if seconds is None else seconds)
-    jobs = front.jobs()
+    every = {tuple(_key(job)[key] for key in _KEY): job for job in front.jobs()}
+    lines = {name: line for name, line in runs.finished(out, _KEY).items() if name in every}
+    left = [job for name, job in every.items() if name not in lines]
+    needed = {job.start for job in left if job.start is not None and not _weights(scratch, job.start).is_file()}
+    jobs = [job for job in every.values() if job in needed or job in left]
     work = [_Work(front, job, device, scratch, until) for job in jobs]
     places = {job: i for i, job in enumerate(jobs)}
-    after = [None if job.start is None else places[job.start] for job in jobs]
-    lines = []
+    after = [None if job.start is None else places.get(job.start) for job in jobs]
     for _, line in pool.each(_work, work, processes, _lost, after=after):
-        if line is not None:
+        name = () if line is None else tuple(line[key] for key in _KEY)
+        if line is not None and name not in lines:
             runs.append(out, line)
-            lines.append(line)
+            lines[name] = line
             if progress is not None:
-                progress(f"{line['method']}, {line['kind']}, learning rate {line['rate']:g}", len(lines), len(jobs))
-    return lines
+                progress(f"{line['method']}, {line['kind']}, learning rate {line['rate']:g}", len(lines), len(every))
+    return [lines[name] for name in every if name in lines]
+
+
+def _weights(folder: Path, start: Job) -> Path:
+    return folder / f"{start.name}.pt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +364,7 @@ def _work(work: _Work) -> dict[str, Any] | None:
 
 
 def _lost(work: _Work, why: str) -> dict[str, Any]:
-    return {**_key(work.job), "stopped": why}
+    return {**_key(work.job), "stopped": why, "failed": True}
 
 
 # What came out -----------------------------------------------------------------------------------------------

@@ -6,14 +6,15 @@ the optimizer does.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -82,35 +83,56 @@ class Recorder(TrainerCallback):
 
 
 def run(recipe: Recipe, setting: Setting) -> tuple[list[Row], list[Figure]]:
-    """Every variant on every model and task, with each seed: rows beside the paper's, and the plane of each."""
+    """Every variant on every model and task, with each seed: rows beside the paper's, and the plane of each.
+
+    A line of `runs.jsonl` is all that rows and planes take of a run; `gradients.jsonl` is made of it at the end.
+    """
     cases = [
-        (model, task, variant, own, seed)
+        {"model": model, "task": task, "variant": variant, "seed": seed}
         for model, task in experiments.pairs(recipe)
-        for variant, own in experiments.variants(recipe, model, task).items()
+        for variant in experiments.variants(recipe, model, task)
         for seed in recipe.keys["seeds"]
     ]
-    found: dict[tuple[str, str, str], list[Recorder]] = {}
-    stopped: dict[tuple[str, str, str], list[str]] = {}
-    for number, (model, task, variant, own, seed) in enumerate(cases):
-        setting.tell(f"{model}, {task}, {variant}, seed {seed}", number, len(cases))
+
+    def work(model: str, task: str, variant: str, seed: int) -> dict[str, Any]:
+        own = experiments.variants(recipe, model, task)[variant]
         options = {key: value for key, value in own.items() if key != "learning_rates"}
         keys = {**experiments.keys(recipe, model, task, setting), **options, "save_model": False}
         config = Config(**{**keys, "learning_rate": own["learning_rates"][0], "seed": seed})
-        try:
-            recorder = _record(config, setting.out / model / task / f"{variant}-{seed}", recipe.keys["steps"])
-        except (finetune.Diverged, torch.OutOfMemoryError) as error:  # the other runs go on
-            stopped.setdefault((model, task, variant), []).append(str(error).strip().splitlines()[0])
+        folder = setting.out / model / task / f"{variant}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: nothing was saved to go on from
+        return _line(_record(config, folder, recipe.keys["steps"]))
+
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    stopped: dict[tuple[str, str, str], list[str]] = {}
+    flat = []
+    for line in experiments.each(cases, setting.out / "runs.jsonl", work, setting.tell):
+        key = line["model"], line["task"], line["variant"]
+        if "stopped" in line:
+            stopped.setdefault(key, []).append(line["stopped"])
             continue
-        found.setdefault((model, task, variant), []).append(recorder)
-        for record in recorder.gradients:
-            where = {"model": model, "task": task, "variant": variant, "seed": seed}
-            value = {key: None if v != v else v for key, v in record["value"].items() if key != "points"}
-            runs.append(setting.out / "gradients.jsonl", {**where, **record, "value": value})
-    rows = [row for key, recorders in found.items() for row in _rows(recipe, *key, recorders)]
+        found.setdefault(key, []).append(line)
+        for record in line["gradients"]:
+            value = {name: v for name, v in record["value"].items() if name != "points"}
+            flat.append({**{name: line[name] for name in cases[0]}, **record, "value": value})
+    runs.write(setting.out / "gradients.jsonl", "".join(json.dumps(record) + "\n" for record in flat))
+    rows = [row for key, lines in found.items() for row in _rows(recipe, *key, lines)]
     rows += [_stopped(*key, reasons) for key, reasons in stopped.items()]
     return rows, [
-        planes(", ".join(key), recorders[0].gradients) for key, recorders in found.items() if recorders[0].gradients
+        planes(", ".join(key), lines[0]["gradients"]) for key, lines in found.items() if lines[0]["gradients"]
     ]
+
+
+def _line(recorder: Recorder) -> dict[str, Any]:
+    """What is kept of a run; JSON has no NaN, and no numbers as keys."""
+    return {
+        "gradients": [
+            {**record, "value": {name: None if v != v else v for name, v in record["value"].items()}}
+            for record in recorder.gradients
+        ],
+        "rates": {str(step): rate for step, rate in recorder.rates.items()},
+        "moved": recorder.shift.to_dict(),
+    }
 
 
 def _stopped(model: str, task: str, variant: str, reasons: list[str]) -> Row:
@@ -131,29 +153,28 @@ def _record(config: Config, out: Path, steps: Sequence[int]) -> Recorder:
     return made[0]
 
 
-def _rows(recipe: Recipe, model: str, task: str, variant: str, recorders: Sequence[Recorder]) -> list[Row]:
+def _rows(recipe: Recipe, model: str, task: str, variant: str, lines: Sequence[Row]) -> list[Row]:
     values: dict[str, list[float]] = {}
 
-    def add(measure: str, numbers: Sequence[float]) -> None:
-        numbers = [number for number in numbers if not math.isnan(number)]
-        if numbers:
-            values.setdefault(measure, []).append(statistics.mean(numbers))
+    def add(measure: str, numbers: Sequence[float | None]) -> None:
+        known = [number for number in numbers if number is not None]
+        if known:
+            values.setdefault(measure, []).append(statistics.mean(known))
 
-    for recorder in recorders:
-        for step in sorted({record["step"] for record in recorder.gradients}):
-            now = [record for record in recorder.gradients if record["step"] == step]
+    for line in lines:
+        for step in sorted({record["step"] for record in line["gradients"]}):
+            now = [record for record in line["gradients"] if record["step"] == step]
             for measure, key in (("r", "ratio"), ("r if independent", "independent"), ("overlap", "overlap")):
                 add(f"{measure}, step {step}", [record["value"][key] for record in now])
-            if step in recorder.rates:
-                add(f"effective learning rate, step {step}", [recorder.rates[step]])
+            if str(step) in line["rates"]:
+                add(f"effective learning rate, step {step}", [line["rates"][str(step)]])
         if "layers" in recipe.keys:
-            by_layer = _by_layer(recorder.gradients, recipe.keys["layers"], recipe.keys["early"])
+            by_layer = _by_layer(line["gradients"], recipe.keys["layers"], recipe.keys["early"])
             for layer, ratios in sorted(by_layer.items()):
                 add(f"r, layer {layer}", ratios)
-        moved = recorder.shift.to_dict()
         for group in ("smallest", "largest", "rest"):
-            add(f"moved, {group}", [moved[group]])
-        add("touched", [moved["touched"]])
+            add(f"moved, {group}", [line["moved"][group]])
+        add("touched", [line["moved"]["touched"]])
     return [
         {
             "model": model, "task": task, "measure": measure, "variant": variant, "rate": None,
@@ -164,9 +185,9 @@ def _rows(recipe: Recipe, model: str, task: str, variant: str, recorders: Sequen
     ]  # fmt: skip
 
 
-def _by_layer(records: Iterable[Mapping[str, Any]], pattern: str, early: int) -> dict[int, list[float]]:
+def _by_layer(records: Iterable[Mapping[str, Any]], pattern: str, early: int) -> dict[int, list[float | None]]:
     """Ratios of the tensors whose names fit, by layer, at one step."""
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[float | None]] = {}
     for record in records:
         layer, kind = analysis.place(record["name"])
         if record["step"] == early and layer is not None and re.search(pattern, kind):
@@ -191,10 +212,10 @@ def planes(title: str, records: Iterable[Mapping[str, Any]]) -> Figure:
     panels = figure.subplots(len(names), len(steps), squeeze=False)
     for record in drawn:
         axes = panels[names.index(record["name"])][steps.index(record["step"])]
-        points = record["value"]["points"]
+        points, ratio = record["value"]["points"], record["value"]["ratio"]
         axes.plot(points["weight"], points["gradient"], ".", ms=1.5, alpha=0.6)
         axes.set_title(f"{record['name'].split('.', 1)[-1][-34:]}\nstep {record['step']}, r = "
-                       f"{record['value']['ratio']:.3g}", fontsize=6)  # fmt: skip
+                       f"{math.nan if ratio is None else ratio:.3g}", fontsize=6)  # fmt: skip
         axes.tick_params(labelsize=5)
         axes.ticklabel_format(style="sci", scilimits=(0, 0))
     figure.suptitle(f"{title}: |gradient| over |weight|", fontsize=9)

@@ -96,7 +96,7 @@ def load(name: str, scale: str = "full") -> Recipe:
     """
     if name not in names():
         raise ValueError(f"there is no experiment {name!r}{nearest(name, names())}")
-    keys = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    keys = read(FOLDER / f"{name}.toml")
     scales = keys.pop("scale", {})
     known = ["full", *scales] if "full" not in scales else list(scales)
     if scale not in known:
@@ -104,9 +104,14 @@ def load(name: str, scale: str = "full") -> Recipe:
     return Recipe(name, scale, merged(keys, scales.get(scale, {})))
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file, those of other scales included."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def scales(name: str) -> list[str]:
     """The scales that an experiment can be run at."""
-    keys = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    keys = read(FOLDER / f"{name}.toml")
     return list(dict.fromkeys(["full", *keys.get("scale", {})]))
 
 

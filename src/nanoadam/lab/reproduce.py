@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,50 +57,123 @@ def run(
         progress: told how far it is.
 
     Returns:
-        `{"name", "scale", "title", "rows": [...], "notes": [...], "seconds"}`.
+        `{"name", "scale", "title", "rows": [...], "notes": [...], "seconds"}`; seconds since it was begun or last
+        gone on with.
 
     Raises:
         FileExistsError: `out` is a file or holds files.
         ValueError: for a folder that is not there or does not hold what it should.
         RunError: if another process is writing to `out`.
     """
+    import tomli_w
+
+    if out.exists():
+        runs.prepare_folder(out)
+    setting, inputs = _prepared(recipe, out, data, model, jobs, progress)
+    manifest = {
+        "command": f"nanoadam reproduce {recipe.name} --scale {recipe.scale}",
+        "kind": recipe.title,
+        "pseudocode": runs.PSEUDOCODE,
+        **runs.environment(runs_at_once=jobs),
+        "name": recipe.name,
+        "scale": recipe.scale,
+        "recipe": recipe.keys,
+        "folders": {"data": data and str(setting.data), "model": model and str(setting.model)},
+        "inputs": inputs,
+        "results": None,
+    }
+    with runs.new_folder(out, derived=("data", "smoke")):
+        runs.write(out / "recipe.toml", tomli_w.dumps(dict(recipe.keys)))
+        runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        return _run(recipe, setting, manifest)
+
+
+def resume(
+    out: Path, *, jobs: int | None = None, progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, Any]:
+    """Go on with an experiment: what is finished is read, what was begun goes on from its checkpoint or begins again.
+
+    On a CPU the figures are those of an experiment that was never interrupted, bit for bit, except times.
+
+    Args:
+        out: its folder.
+        jobs: as many at once as when it was begun by default.
+        progress: as in `run`.
+
+    Returns:
+        As `run`.
+
+    Raises:
+        ValueError: if `out` holds none or one that is finished, or its recipe, data or model are not what they were.
+        RunError: if another process is writing to `out`.
+    """
+    _begun(out)  # a folder of something else is left as it is
+    with runs.alone(out):
+        recipe, manifest = _begun(out)
+        data, model = (folder and Path(folder) for folder in map(manifest["folders"].get, ("data", "model")))
+        jobs = jobs or int(manifest["hardware"]["runs_at_once"])
+        setting, inputs = _prepared(recipe, out, data, model, jobs, progress)
+        for path in {**manifest["inputs"], **inputs}:
+            if inputs.get(path) != manifest["inputs"].get(path):
+                raise ValueError(f"{path} is not what it was when {out} began: the table would mix two experiments")
+        return _run(recipe, setting, {**manifest, **runs.environment(runs_at_once=jobs)})
+
+
+def _begun(out: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The experiment in a folder that can be gone on with, and its manifest."""
+    if not (out / "recipe.toml").is_file() or not (out / "manifest.json").is_file():
+        raise ValueError(f"{out} holds no experiment: there is no recipe.toml with a manifest.json in it")
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        keys = recipes.read(out / "recipe.toml")
+    except ValueError as error:
+        raise ValueError(f"recipe.toml or manifest.json in {out} cannot be read: {error}") from error
+    if isinstance(manifest, dict) and manifest.get("results") is not None:
+        raise ValueError(f"the experiment in {out} is finished: its results are in manifest.json and report.html")
+    if not isinstance(manifest, dict) or not {"name", "scale", "recipe", "inputs"} <= manifest.keys():
+        raise ValueError(f"{out} holds no experiment that can be gone on with: begin anew with --out")
+    if keys != manifest["recipe"]:
+        raise ValueError(
+            f"recipe.toml in {out} is not what it was when the experiment began: the table would mix two experiments; "
+            "set it back, or begin anew with --out"
+        )
+    return Recipe(manifest["name"], manifest["scale"], manifest["recipe"]), manifest
+
+
+def _prepared(
+    recipe: Recipe, out: Path, data: Path | None, model: Path | None, jobs: int, progress: Any
+) -> tuple[Setting, dict[str, str]]:
+    """Where it runs, and a digest of each local file that it reads; refuses what is not there."""
     from nanoadam.lab.experiments import Setting
 
     for name, folder in (("data", data), ("model", model)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{name} {folder} is no folder")
-    if out.exists():
-        runs.prepare_folder(out)
+    data, model = (folder and folder.resolve() for folder in (data, model))
     setting = Setting(out, data, model, jobs, progress or (lambda what, done, total: None))
-    _check(recipe, setting)
-    with runs.new_folder(out, derived=("data", "smoke")):
-        return _run(recipe, setting)
+    paths = dict.fromkeys(_check(recipe, setting))
+    files = [file for path in paths for file in (sorted(path.glob("[!.]*")) if path.is_dir() else [path])]
+    return setting, {str(file): _digest(file) for file in files if file.is_file()}
 
 
-def _run(recipe: Recipe, setting: Setting) -> dict[str, Any]:
-    import tomli_w
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            found.update(part)
+    return found.hexdigest()
 
+
+def _run(recipe: Recipe, setting: Setting, manifest: dict[str, Any]) -> dict[str, Any]:
     from nanoadam.lab import report
 
-    out, data, model = setting.out, setting.data, setting.model
-    began = time.time()
-    runs.write(out / "recipe.toml", tomli_w.dumps(dict(recipe.keys)))
-    manifest = {
-        "command": f"nanoadam reproduce {recipe.name} --scale {recipe.scale}",
-        "kind": recipe.title,
-        "pseudocode": runs.PSEUDOCODE,
-        **runs.environment(runs_at_once=setting.jobs),
-        "recipe": recipe.keys,
-        "folders": {"data": data and str(data.resolve()), "model": model and str(model.resolve())},
-        "results": None,
-    }
-    runs.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    out, began = setting.out, time.time()
     found = KINDS[recipe.kind](recipe, setting)
     results: dict[str, Any] = {
         "name": recipe.name, "scale": recipe.scale, "title": recipe.title, "rows": found.rows,
         "notes": [*found.notes, *_notes(recipe)], "seconds": round(time.time() - began, 1),
     }  # fmt: skip
-    manifest["results"] = results
+    manifest = {**manifest, "results": results}
     lead = f"{recipe.title}. In the paper: {recipe.keys.get('tables', 'nowhere')}. Scale: {recipe.scale}."
     page = report.render(recipe.name, lead, lines(results), list(found.figures), manifest, results["notes"])
     runs.write(out / "report.html", page)
@@ -106,14 +181,13 @@ def _run(recipe: Recipe, setting: Setting) -> dict[str, Any]:
     return results
 
 
-def _check(recipe: Recipe, setting: Any) -> None:
-    """Refuse what is not there before anything is written."""
+def _check(recipe: Recipe, setting: Any) -> list[Path]:
+    """Refuse what is not there before anything is written; the local files and model folders that are read."""
     from nanoadam.lab import experiments
 
     if recipe.kind == "front":
-        _check_front(recipe, setting)
-    elif recipe.kind != "toy":
-        experiments.check(recipe, setting)
+        return _check_front(recipe, setting)
+    return [] if recipe.kind == "toy" else experiments.check(recipe, setting)
 
 
 def _notes(recipe: Recipe) -> list[str]:
@@ -148,16 +222,18 @@ def _answers(recipe: Recipe, setting: Any) -> Found:
     return Found(experiments.written(recipe, setting))
 
 
-def _check_front(recipe: Recipe, setting: Any) -> None:
+def _check_front(recipe: Recipe, setting: Any) -> list[Path]:
     if recipe.scale == "smoke":
-        return
+        return []
     if setting.data is None:
         raise ValueError(f"{recipe.name} reads local files: --data names the folder that vision_files.py has made")
     keys = recipe.keys["front"]
     model = setting.model or setting.data / keys["model"]
-    for path in (model / "config.json", *(setting.data / name for name in (*keys["task1"], *keys["task2"]))):
+    files = [setting.data / name for name in (*keys["task1"], *keys["task2"])]
+    for path in (model / "config.json", *files):
         if not path.is_file():
             raise ValueError(f"there is no {path}: benchmarks/vision_files.py makes it")
+    return [model, *files]
 
 
 def _front(recipe: Recipe, setting: Any) -> Found:
@@ -211,6 +287,7 @@ def _area(row: Mapping[str, Any], what: str, lines: Sequence[Mapping[str, Any]],
 def _toy(recipe: Recipe, setting: Any) -> Found:
     from nanoadam.lab import toy
 
+    shutil.rmtree(setting.out / "toy", ignore_errors=True)  # it writes at its end, and takes minutes: it begins again
     results = toy.reproduce(recipe.scale, setting.out / "toy", setting.tell)
     rows = []
     for reading, by_extra in results["readings"].items():

@@ -208,6 +208,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def finished(path: Path, names: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The line of each run that is finished, by what names it; not of those that failed, which are tried again.
+
+    Args:
+        path: a JSONL file; it need not be there.
+        names: the keys of a line that tell a run from all others.
+    """
+    lines = {tuple(line[name] for name in names): line for line in read_lines(path)}
+    return {name: line for name, line in lines.items() if not line.get("failed")}
+
+
 def environment(**hardware: Any) -> dict[str, Any]:
     """Code version, hardware (and what else is to be said of it) and the exact version of everything installed."""
     accelerator = None
