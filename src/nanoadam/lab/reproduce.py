@@ -153,7 +153,11 @@ def _prepared(
     setting = Setting(out, data, model, jobs, progress or (lambda what, done, total: None))
     paths = dict.fromkeys(_check(recipe, setting))
     files = [file for path in paths for file in (sorted(path.glob("[!.]*")) if path.is_dir() else [path])]
-    return setting, {str(file): _digest(file) for file in files if file.is_file()}
+    digests = {}
+    for number, file in enumerate(file for file in files if file.is_file()):
+        setting.tell(f"reading {file.name}", number, len(files))
+        digests[str(file)] = _digest(file)
+    return setting, digests
 
 
 def _digest(path: Path) -> str:
