@@ -587,6 +587,7 @@ ALTERED = {
     "clipping that changes nothing": lambda m, _: torch.nn.utils.clip_grad_norm_(m.parameters(), 1e6),
     "clipping of values": lambda m, _: torch.nn.utils.clip_grad_value_(m.parameters(), 1e-3),
     "scaling": lambda m, _: [p.grad.mul_(0.5) for p in m.parameters() if p.grad is not None],
+    "zeroing in place": lambda m, _: m.zero_grad(set_to_none=False),
     "replacing": lambda m, _: [setattr(p, "grad", p.grad / 2) for p in m.parameters() if p.grad is not None],
 }
 
@@ -611,7 +612,7 @@ def silently(run, *args, **kwargs):
 def test_gradients_changed_while_others_are_held_are_warned_of_once(what):
     model = network()
     opt = NanoAdam(model.parameters(), density=0.2)
-    with pytest.warns(UserWarning, match=r"those of 3 selected tensors, .* use NanoAdam\(max_grad_norm") as told:
+    with pytest.warns(UserWarning, match=r"those of 3 selected tensors, .* to clip them, NanoAdam\(max_grad_norm") as told:
         steps_of(model, opt, ALTERED[what])
     assert [warning.filename for warning in told] == [__file__]
     opt.load_state_dict(opt.state_dict())

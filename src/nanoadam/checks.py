@@ -141,8 +141,9 @@ def warn_of_altered_gradients(held: int) -> None:
     if _trainer_takes_the_norm():
         return
     warnings.warn(
-        "the gradients of dense tensors were changed after backward, as torch.nn.utils.clip_grad_norm_ does, but not "
-        f"those of {held} selected tensor{'s' * (held > 1)}, which NanoAdam holds. To clip all of them, use "
+        "the gradients of dense tensors were changed after backward, as torch.nn.utils.clip_grad_norm_ and "
+        f"model.zero_grad(set_to_none=False) do, but not those of {held} selected tensor{'s' * (held > 1)}, which "
+        "NanoAdam holds. To zero all of them, use optimizer.zero_grad(); to clip them, "
         "NanoAdam(max_grad_norm=...); under transformers' Trainer that is TrainingArguments(max_grad_norm=0) with "
         "nanoadam.for_trainer(..., max_grad_norm=...). Or leave them in p.grad: gradient_release=False",
         UserWarning,
