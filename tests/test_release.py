@@ -612,7 +612,7 @@ def silently(run, *args, **kwargs):
 def test_gradients_changed_while_others_are_held_are_warned_of_once(what):
     model = network()
     opt = NanoAdam(model.parameters(), density=0.2)
-    with pytest.warns(UserWarning, match=r"those of 3 selected tensors, .* to clip them, NanoAdam\(max_grad_norm") as told:
+    with pytest.warns(UserWarning, match=r"those of 3 selected tensors, .* NanoAdam\(max_grad_norm") as told:
         steps_of(model, opt, ALTERED[what])
     assert [warning.filename for warning in told] == [__file__]
     opt.load_state_dict(opt.state_dict())
