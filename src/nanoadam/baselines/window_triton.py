@@ -19,8 +19,9 @@ MAX_BLOCK = 8192
 
 # Programs per core: more hide latency better, until their scratch memory no longer fits the L2 cache.
 _COMPRESSING = 4
-_MOVING_FEW = 24
+_MOVING_FEW = 16
 _MOVING_ALL = 4
+_COMPRESSING_REGISTERS = 128  # a thread: two programs a core
 _INTERPRETED_PROGRAMS = 2
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -89,6 +90,7 @@ def _launch(kind: _Kind, jobs: Sequence[Job], step: Step, key: int | None) -> No
     device, blocks = jobs[0].weight.device, sum(counts)
     table, tensor_of = upload(rows, device), block_rows(tuple(counts), device)
     common = {"BLOCK": kind.size, "WIDE": kind.wide, "enable_fp_fusion": False}  # fused: rounded once, not twice
+    many = max(1, min(16, kind.size // 512))
     kernels.compress[(_programs(device, blocks, _COMPRESSING),)](
         table,
         tensor_of,
@@ -98,8 +100,9 @@ def _launch(kind: _Kind, jobs: Sequence[Job], step: Step, key: int | None) -> No
         GRADIENT_TYPE=TYPES[kind.gradient],
         ALIGNED=kind.aligned,
         INTERPRETED=_INTERPRETED,
-        num_warps=max(1, min(16, kind.size // 1024)),
+        num_warps=many,
         **common,
+        **_registers(device, _COMPRESSING_REGISTERS),
     )
     most = max(max(job.blocks.keep, job.blocks.keep_tail) for job in jobs)
     entries = triton.next_power_of_2(step.window * most)
@@ -129,16 +132,12 @@ def _launch(kind: _Kind, jobs: Sequence[Job], step: Step, key: int | None) -> No
         programs = _programs(device, blocks, _MOVING_ALL)
         scratch = torch.empty(programs, 2, kind.size, dtype=torch.float32, device=device)
         lanes = triton.next_power_of_2(most)
-        kernels.move_all[(programs,)](
-            table,
-            tensor_of,
-            window,
-            scratch,
-            *shared,
-            LANES=lanes,
-            num_warps=max(1, min(16, kind.size // 512)),
-            **common,
-        )
+        kernels.move_all[(programs,)](table, tensor_of, window, scratch, *shared, LANES=lanes, num_warps=many, **common)
+
+
+def _registers(device: torch.device, most: int) -> dict[str, int]:
+    """The option that limits registers of a thread, where there is one."""
+    return {"maxnreg": most} if device.type == "cuda" and torch.version.cuda else {}
 
 
 def _row(job: Job, first: int) -> list[int]:
