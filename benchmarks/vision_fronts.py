@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_fronts import shown, spread
+from scipy import stats
 
 from nanoadam.lab import front, fronts
 
@@ -23,8 +24,6 @@ Run = dict[str, Any]
 Row = dict[str, Any]
 
 AXES = ("task2", "kept")
-SHARED = 2.484  # 95 % for the mean of three differences by seed: Student's 4.303 over the root of 3
-APART = 1.603  # 95 % for the difference of two means of three: Student's 2.776 over the root of 3
 LEVELS = (0.85, 0.90, 0.93)
 COLORS = (
     "AdamW", "NanoAdam 1 %", "NanoAdam 10 %", "NanoAdam 0.1 %", "MicroAdam 1 %", "SGD", "largest 1 %", "random 1 %",
@@ -127,6 +126,11 @@ def area(row: Row) -> str:
     return f"{row['area_mean']:.3f}" + ("" if row["area_std"] is None else f" ± {row['area_std']:.3f}")
 
 
+def student(freedom: int, seeds: int) -> float:
+    """Deviations of one difference that the mean over seeds must exceed to be beyond 95 % of chance."""
+    return float(stats.t.ppf(0.975, freedom)) / math.sqrt(seeds)
+
+
 def by_seed(runs: Sequence[Run], method: str, reference: fronts.Point) -> dict[int, float]:
     """The area of what is kept, of each seed's runs alone."""
     own = [run for run in runs if run["method"] == method]
@@ -143,15 +147,16 @@ def pair(runs: Sequence[Run], one: str, other: str, reference: fronts.Point) -> 
         return ["-", "-"]
     begun = starts(runs, one), starts(runs, other)
     differences = [first[seed] - second[seed] for seed in first]
-    mean, deviation = statistics.mean(differences), math.nan
+    seeds, mean, deviation, factor = len(differences), statistics.mean(differences), math.nan, math.inf
     if begun[0] == begun[1] and all(len(series) == 1 for series in begun[0].values()):
-        shown_by_seed, factor = ", ".join(f"{value:+.3f}" for value in differences), SHARED
-        if len(differences) > 1:
-            deviation = statistics.stdev(differences)
+        shown_by_seed = ", ".join(f"{value:+.3f}" for value in differences)
+        if seeds > 1:
+            deviation, factor = statistics.stdev(differences), student(seeds - 1, seeds)
     else:
-        shown_by_seed, factor = "other start", APART
-        if len(differences) > 1:
+        shown_by_seed = "other start"
+        if seeds > 1:
             deviation = math.hypot(statistics.stdev(first.values()), statistics.stdev(second.values()))
+            factor = student(2 * (seeds - 1), seeds)
     text = f"{mean:+.3f} ± {deviation:.3f}"
     return [shown_by_seed, f"**{text}**" if abs(mean) > factor * deviation else text]
 

@@ -198,11 +198,10 @@ class GradientRelease:
         if not selected:
             return
         # The smallest: its gradient lives on until the next backward, even if the model's are zeroed before.
-        dense, selected = (sorted(some, key=Tensor.numel) for some in (dense, selected))
-        shown = (p for p in dense if p.grad is not None and not stands_in(p.grad))
+        shown = (p for p in sorted(dense, key=Tensor.numel) if p.grad is not None and not stands_in(p.grad))
         parameter = _trained(shown)
         if parameter is None and after_step:
-            parameter = _trained(selected)
+            parameter = _trained(sorted(selected, key=Tensor.numel))
         if parameter is None:
             return
         if parameter.grad is None:

@@ -148,15 +148,15 @@ def compress(
     bucket = tl.arange(0, BLOCK // BUCKET)
     place = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
     pair = bucket[:, None] * (BUCKET // 2) + tl.arange(0, BUCKET // 2)[None, :]
-    few = tl.arange(0, 64)
+    some = tl.arange(0, 64)  # entries of the last row: the least of them is near enough to the last threshold
 
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         tensor, start, length, keep, entry = _block(table, tensor_of, block, WIDE)
         kept = tl.load(tensor + KEPT)
         index, value = _window(tensor, entry)
-        known = (few < keep) & (last >= 0)
+        known = (some < keep) & (last >= 0)
         earlier = (
-            tl.load(value + kept * last + few, mask=known, other=0).to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+            tl.load(value + kept * last + some, mask=known, other=0).to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
         )
 
         # The gradient plus the decoded error, in bfloat16.
