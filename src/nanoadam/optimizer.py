@@ -20,12 +20,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from nanoadam import checks
-from nanoadam.chunks import layout
+from nanoadam.chunks import ColumnLayout
 from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
-from nanoadam.slots import by_device, empty, make_slot
+from nanoadam.slots import by_device, empty, layout_of, make_slot
 
 
 class NanoAdam(Optimizer):
@@ -52,6 +52,8 @@ class NanoAdam(Optimizer):
         keep_zeros: never select weights that are exactly zero, so that pruned models stay pruned.
         state_dtype: of the moments, torch.bfloat16 or torch.float32.
         stochastic_rounding: of bfloat16 moments and bfloat16 weights; otherwise to nearest.
+        granularity: "weight", or "column": whole input columns of tensors of two dimensions, those of least L2 norm;
+            other tensors are selected from by weight. The backward of an `nn.Linear` then computes these columns only.
         seed: of the random bits, which depend on it, the step, the tensor and the position alone.
         gradient_release: cut gradients down to their selected entries during backward; otherwise `p.grad` stays dense.
         grad_dtype: of the entries in `p.grad`. The gradient's own dtype loses nothing where each step has one backward.
@@ -85,6 +87,7 @@ class NanoAdam(Optimizer):
         state_dtype: torch.dtype = torch.bfloat16,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        granularity: str = "weight",
         gradient_release: bool = True,
         grad_dtype: torch.dtype = torch.float32,
         maximize: bool = False,
@@ -110,6 +113,8 @@ class NanoAdam(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "dense": False,
+            "granularity": granularity,
+            "transposed": False,  # weights are stored [inputs, outputs]
             "steps": 0,  # calls of step() so far
             "refreshed_at": -1,  # the step that the present selection was made for
             "active_density": None,  # and the density it was made with
@@ -287,7 +292,7 @@ class NanoAdam(Optimizer):
             slot.selected_for = t
         if due:
             group["active_density"], group["refreshed_at"] = _density(group, t), t
-            without = [s for s in without if s.layout != layout(s.weight.shape, group["active_density"])]
+            without = [s for s in without if s.layout != layout_of(s.weight, group, group["active_density"])]
             self._leave([*slots, *without])
             for slot in without:
                 empty(slot, group)
@@ -320,7 +325,7 @@ class NanoAdam(Optimizer):
             gradients = None
             if rule.criterion == "gradient":
                 gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]
-            layouts = [layout(slot.weight.shape, _density(group, rule.step)) for slot in members]
+            layouts = [layout_of(slot.weight, group, _density(group, rule.step)) for slot in members]
             backend(device).select(members, layouts, rule, gradients)
             for slot in members:
                 slot.unselected = False
@@ -366,7 +371,7 @@ class NanoAdam(Optimizer):
                 dense.append(i)
                 self._release.hold(slot.weight)  # if swap_tensors has taken the hook away
         for device, members, places in by_device([slots[i] for i in dense], dense):
-            found = [torch.empty(slot.layout.selected, dtype=dtype, device=device) for slot in members]
+            found = [torch.empty(slot.layout.shape, dtype=dtype, device=device) for slot in members]
             gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
             backend(device).gather(members, gradients, found, [False] * len(found))
             for i, values in zip(places, found, strict=True):
@@ -415,6 +420,7 @@ class NanoAdam(Optimizer):
                 stochastic_rounding=group["stochastic_rounding"],
                 key=seed_key(group["seed"]),
                 grad_scale=grad_scale,
+                keep_zeros=group["keep_zeros"],
                 capturable=group["capturable"],
             )
             for device, members, theirs in by_device(selected, entries):
@@ -487,7 +493,19 @@ class NanoAdam(Optimizer):
             return torch.empty(0, dtype=torch.int64, device=parameter.device)
         if slot.selection is None:
             return None
-        return reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0]
+        return reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0].view(-1).sort().values
+
+    def columns(self, parameter: Tensor) -> Tensor | None:
+        """The columns that the last update moved: int64, ascending; None where whole columns are not selected.
+
+        Raises:
+            ValueError: if the parameter is not one of this optimizer.
+        """
+        self._check_member(parameter)
+        slot = self._slots.get(parameter)
+        if slot is None or slot.selection is None or not isinstance(slot.layout, ColumnLayout):
+            return None
+        return slot.selection.index[slot.selection.index >= 0].long()
 
     def register_selection_pre_hook(self, hook: Callable[[NanoAdam, list[Tensor]], None]) -> RemovableHandle:
         """Have `hook(optimizer, parameters)` called before the selections of these parameters are replaced.
@@ -533,7 +551,9 @@ class NanoAdam(Optimizer):
             slot = Slot(parameter, nothing, slot.ordinal)
             self._select([slot], group)
         assert slot.selection is not None
-        return reference.mask(slot.selection, parameter.shape)
+        chosen = reference.mask(slot.selection, parameter.shape)
+        columns = isinstance(slot.layout, ColumnLayout)
+        return chosen & (parameter != 0) if columns and group["keep_zeros"] else chosen
 
     @torch.no_grad()
     def refresh(self) -> None:
