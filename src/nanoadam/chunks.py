@@ -188,3 +188,15 @@ def column_layout(shape: Sequence[int], density: float, *, transposed: bool = Fa
 
 AnyLayout = Layout | ColumnLayout
 """How a tensor is selected from: weight by weight, or by whole columns."""
+
+
+def state_bytes(layout: AnyLayout, moment: int, *, carried: bool = True) -> int:
+    """Bytes of NanoAdam's state for one tensor, its step count aside.
+
+    Args:
+        moment: bytes of one moment.
+        carried: whether moments are carried over at a refresh, which takes the step at which each weight or column
+            entered.
+    """
+    index = 4 if isinstance(layout, ColumnLayout) else INDEX_BYTES
+    return 2 * moment * layout.selected + layout.places * (index + ENTRY_BYTES * carried)

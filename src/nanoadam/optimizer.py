@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from nanoadam import checks
+from nanoadam import checks, columns
 from nanoadam.chunks import ColumnLayout
 from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
@@ -190,8 +190,17 @@ class NanoAdam(Optimizer):
                 members[slot.selection is None].append(slot)
                 if trained and slot.selection is not None:
                     self._release.hold(parameter)
+                wanted = trained and self._releases(i) and slot.selection is not None
+                if wanted and isinstance(slot.layout, ColumnLayout) and slot.served is None:
+                    slot.served = columns.serve(parameter, slot, self, group["grad_dtype"], group["keep_zeros"])
+                elif not wanted and slot.served is not None:
+                    columns.leave(parameter)
+                    slot.served = None
             self._members.append(members)
-        self._release.let_go([parameter for parameter in known if parameter not in self._group_of])
+        gone = [parameter for parameter in known if parameter not in self._group_of]
+        self._release.let_go(gone)
+        for parameter in gone:
+            columns.leave(parameter)
         self._seen = self._present()
 
     def _present(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -250,14 +259,39 @@ class NanoAdam(Optimizer):
             self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
         for i, group in enumerate(self.param_groups):
             self._update(i, inverse)
+            compiled = [s for s in self._members[i][0] if s.served is not None and s.forward_in < s.arrived_in]
             group["steps"] += 1
+            if compiled:  # their layers ask nobody before they compute: the coming step's selection is made now
+                self._refresh(i, compiled, overdue=any(slot.overdue for slot in compiled))
         return loss
 
-    def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
-        """The first gradient of a tensor in this step: its selection, which stands until the step is made.
+    def _open(self, slot: Slot, slots: Sequence[Slot]) -> None:
+        """Select for the present step if that is due: for these slots of a group, which wait for it together.
 
-        A second first gradient means that the one before was thrown away: weights may have changed since.
+        If a first gradient has arrived already in this step, it was thrown away since: weights may have changed.
         """
+        i = self._group_of[slot.weight]
+        t = self.param_groups[i]["steps"]
+        if slot.arrived_in == t:
+            for other in slots:
+                other.selected_for = other.arrived_in = -1
+        if slot.selected_for != t:
+            self._refresh(i, [other for other in slots if other.selected_for != t])
+
+    @torch.no_grad()
+    def _before_forward(self, slot: Slot) -> None:
+        """A layer is about to compute with the columns of a slot, or with those of another that shares its weight."""
+        weight, group = slot.weight, self.param_groups[self._group_of.get(slot.weight, 0)]
+        if slot.selected_for != group["steps"] or (slot.arrived_in == group["steps"] and is_zeroed(weight.grad)):
+            self._follow()
+            if weight not in self._slots:
+                return
+            slot, i = self._slots[weight], self._group_of[weight]
+            self._open(slot, [other for other in self._members[i][0] if other.served is not None])
+        slot.forward_in = self.param_groups[self._group_of[weight]]["steps"]
+
+    def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
+        """The first gradient of a tensor in this step: its selection, which stands until the step is made."""
         slot = self._slots.get(parameter)
         groups = len(self.param_groups) == len(self._members)
         if slot is None or not groups or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
@@ -267,19 +301,18 @@ class NanoAdam(Optimizer):
             return None
         checks.check_gradient(slot.name, gradient)
         by_device([slot])
-        group, selected = self.param_groups[i], self._members[i][0]
-        t = group["steps"]
-        waiting = [other for other in selected if other is slot or is_zeroed(other.weight.grad)]
-        if slot.arrived_in == t:
-            for other in waiting:
-                other.selected_for = other.arrived_in = -1
-        slot.arrived_in = t
-        if slot.selected_for != t:
-            self._refresh(i, [other for other in waiting if other.selected_for != t])
+        group = self.param_groups[i]
+        if _asks_before_forward(slot):
+            if slot.selected_for != group["steps"]:  # by a compiled layer, which asked nobody
+                slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
+        else:
+            waiting = [other for other in self._members[i][0] if other is slot or is_zeroed(other.weight.grad)]
+            self._open(slot, [other for other in waiting if not _asks_before_forward(other)])
+        slot.arrived_in = group["steps"]
         return slot, group["grad_dtype"]
 
-    def _refresh(self, i: int, slots: Sequence[Slot]) -> None:
-        """Lines 1 and 2 of Algorithm 1: select for the present step, where that is due."""
+    def _refresh(self, i: int, slots: Sequence[Slot], *, overdue: bool = False) -> None:
+        """Lines 1 and 2 of Algorithm 1: select for the present step, where that is due or `overdue`."""
         group = self.param_groups[i]
         t = group["steps"]
         due, without = self._is_due(group), []
@@ -296,7 +329,7 @@ class NanoAdam(Optimizer):
             self._leave([*slots, *without])
             for slot in without:
                 empty(slot, group)
-        else:
+        elif not overdue:
             slots = [slot for slot in slots if slot.unselected]  # unfrozen since the last refresh
         gradients = [_kept(slot, group) for slot in slots]
         self._select(slots, group)
@@ -328,8 +361,10 @@ class NanoAdam(Optimizer):
             layouts = [layout_of(slot.weight, group, _density(group, rule.step)) for slot in members]
             backend(device).select(members, layouts, rule, gradients)
             for slot in members:
-                slot.unselected = False
+                slot.unselected = slot.overdue = False
                 slot.version += 1
+                if slot.served is not None:
+                    slot.served.renew()
 
     def _keep(self, slot: Slot, box: Box, before: Box) -> None:
         """A gradient that was kept over a refresh: what it has for weights that stay. Newcomers have none."""
@@ -470,8 +505,8 @@ class NanoAdam(Optimizer):
     def release(self, enabled: bool = True) -> None:
         """Switch gradient release on or off, at any time. Switched off, gradients so far become dense in `p.grad`."""
         self.gradient_release = enabled
+        self._make_slots()
         if enabled:
-            self._make_slots()
             return
         self._release.flush()
         for slot in self._slots.values():
@@ -669,6 +704,11 @@ class NanoAdam(Optimizer):
 def _density(group: Mapping[str, Any], step: int) -> float:
     density = group["density"]
     return density(step) if isinstance(density, Schedule) else float(density)
+
+
+def _asks_before_forward(slot: Slot) -> bool:
+    """Whether its layer computes with the columns that are selected, so that gradients come for those."""
+    return slot.served is not None and slot.served.leaf is not None
 
 
 def _as_dense(gradient: Tensor) -> Tensor:

@@ -78,6 +78,9 @@ class Slot:
     unselected: bool = True  # nothing has been selected yet
     selected_for: int = -1  # the step of its group that the selection stands for
     arrived_in: int = -1  # the step of its group in which its last first gradient arrived
+    forward_in: int = -1  # the step of its group in which a layer last asked for its columns
+    overdue: bool = False  # a refresh was due while a backward was on its way
+    served: Any = None  # see columns.py
     version: int = 0  # counts selections and moves
     restamped: int = 0  # the update at which entry steps were last kept from wrapping around
     cache: dict[str, Any] = field(default_factory=dict)  # for a backend's own use
