@@ -1,4 +1,4 @@
-"""Linear layers whose backward computes the gradient of selected columns only, and keeps only these inputs for it.
+"""Layers whose backward computes the gradient of what is selected only, and keeps only the inputs that takes.
 
 The columns of a weight are known before the forward pass. dW[:, C] = dy^T x[:, C], so a third of the layer's
 arithmetic is gone, and of x only x[:, C] is kept. While an optimizer wants that, `nn.Linear.forward` (and transformers'
@@ -7,10 +7,14 @@ arithmetic is gone, and of x only x[:, C] is kept. While an optimizer wants that
 The gradient takes a way around the weight: the layer hands it to a `leaf` [keep, outputs], whose own backward makes a
 `SelectedGradient` of it for the weight. So a compiled layer, whose backward can only return ordinary tensors, is
 served as well, and `torch.autograd.grad(loss, weight)` and hooks find it where they always do.
+
+An embedding is selected from weight by weight. Its gradient is made at the selected entries from the rows that a
+batch looks up; there is never one of the table's size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable
@@ -20,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nanoadam.chunks import ColumnLayout
+from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
 from nanoadam.gradients import Box, SelectedGradient
-from nanoadam.ops import Selection, Slot, reference
+from nanoadam.ops import Selection, Slot, backend, reference
 
 _ALIGNED = 8  # columns: what 16 bytes of bfloat16 hold, which matrix products want
 
@@ -45,21 +49,25 @@ class Served:
         self.leaf: Tensor | None = None
         self.index: Tensor | None = None
         self.keep = 0
+        self.in_vain = False  # its gradient comes whole all the same: an embedding that is the head as well
 
     def renew(self) -> None:
         """Follow a new selection. Where that was made in place, so is this: a captured graph goes on reading it."""
         selection = self.slot.selection
-        if selection is None or self.slot.unselected or not isinstance(selection.layout, ColumnLayout):
+        if selection is None or self.slot.unselected or self.in_vain:
             self.leaf = self.index = self.selection = None
             return
-        keep = selection.layout.keep
-        index = selection.index.clamp(min=0)
-        if self.index is None or self.keep != keep or self.index.device != index.device:
-            self.index = index.new_zeros(-(-keep // _ALIGNED) * _ALIGNED)
-        self.index[:keep].copy_(index)
-        self.index[keep:] = index[-1]
+        if isinstance(selection.layout, ColumnLayout):
+            keep = selection.layout.keep
+            index = selection.index.clamp(min=0)
+            if self.index is None or self.keep != keep or self.index.device != index.device:
+                self.index, self.keep = index.new_zeros(-(-keep // _ALIGNED) * _ALIGNED), keep
+            self.index[:keep].copy_(index)
+            self.index[keep:] = index[-1]
+        else:
+            self.index = selection.index
         if self.selection is not selection:
-            self.selection, self.keep = selection, keep
+            self.selection = selection
             with torch.enable_grad():
                 self.leaf = _Leaf.apply(self.weight, self)  # type: ignore[no-untyped-call]
 
@@ -122,15 +130,16 @@ def _conv1d() -> Any:
 
 
 def _replace() -> None:
-    _forwards[nn.Linear] = nn.Linear.forward
-    nn.Linear.forward = _linear  # type: ignore[method-assign]
+    for kind, forward in ((nn.Linear, _linear), (nn.Embedding, _embedding)):
+        _forwards[kind] = kind.forward
+        setattr(kind, "forward", forward)  # noqa: B010 - which mypy takes for what it is
     if (conv1d := _conv1d()) is not None:
         _forwards[conv1d] = conv1d.forward
         conv1d.forward = _conv1d_forward
 
 
-def _ready(weight: Tensor) -> Served | None:
-    """What serves a weight in this forward pass, its selection made."""
+def _ready(weight: Tensor, kind: type[AnyLayout]) -> Served | None:
+    """What serves a weight in this forward pass, its selection of that kind made."""
     served = _served.get(id(weight))
     if served is None or not torch.is_grad_enabled() or not weight.requires_grad:
         return None
@@ -139,18 +148,33 @@ def _ready(weight: Tensor) -> Served | None:
         if owner is None:
             return None
         owner._before_forward(served.slot)
-    return served if served.leaf is not None else None
+    selection = served.selection
+    return served if selection is not None and isinstance(selection.layout, kind) else None
 
 
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    served = _ready(self.weight)
+    served = _ready(self.weight, ColumnLayout)
     if served is None:
         return functional.linear(input, self.weight, self.bias)
     return _served_linear(input, self.weight, self.bias, served, False)
 
 
+def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
+    plain = self.max_norm is None and not self.sparse and not self.scale_grad_by_freq
+    served = _ready(self.weight, Layout) if plain else None
+    if served is None:
+        output: Tensor = _forwards[nn.Embedding](self, input)
+        return output
+    assert served.selection is not None
+    layout = dataclasses.astuple(served.selection.layout)
+    output = _Lookup.apply(  # type: ignore[no-untyped-call]
+        input, self.weight, served.leaf, served.index, self.padding_idx, layout
+    )
+    return output
+
+
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    served = _ready(self.weight)
+    served = _ready(self.weight, ColumnLayout)
     if served is None:
         forward: Callable[[Any, Tensor], Tensor] = _forwards[type(self)]
         return forward(self, x)
@@ -199,7 +223,10 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, columns, index)  # the index only so that a refresh in between is noticed
         ctx.transposed, ctx.keep, ctx.dtype = transposed, leaf.shape[0], leaf.dtype
-        return functional.linear(input, weight.t() if transposed else weight, bias)
+        output = functional.linear(input.reshape(-1, input.shape[-1]), weight.t() if transposed else weight, bias)
+        # Not view(): what a Function returns as a view may not be written to, as nn.ReLU(inplace=True) does.
+        whole: Tensor = torch.ops.aten._unsafe_view.default(output, [*input.shape[:-1], output.shape[-1]])
+        return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -218,28 +245,73 @@ class _ColumnLinear(torch.autograd.Function):
         return to_input, None, to_bias, to_leaf, None, None, None
 
 
+class _Lookup(torch.autograd.Function):
+    """An embedding: its table's gradient goes to `leaf`, the selected entries only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, leaf: Tensor, index: Tensor, padding: int | None, layout: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(ids, index)
+        ctx.padding, ctx.layout, ctx.dtype = padding, layout, leaf.dtype
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        try:
+            ids, index = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(_REFRESHED) from error
+        flat = ids.reshape(-1).long()
+        if ctx.padding is not None:
+            flat = torch.where(flat == ctx.padding, -1, flat)
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        if torch.is_grad_enabled():  # somebody wants to differentiate it again
+            entries = reference.row_entries(Selection(index, Layout(*ctx.layout)), flat, gradient)
+        else:
+            entries = torch.ops.nanoadam.row_entries(flat, gradient, index, list(ctx.layout))
+        return None, None, entries.to(ctx.dtype), None, None, None
+
+
+@torch.library.custom_op("nanoadam::row_entries", mutates_args=())
+def _row_entries(ids: Tensor, gradient: Tensor, index: Tensor, layout: list[int]) -> Tensor:
+    return backend(gradient.device).row_entries(Selection(index, Layout(*layout)), ids, gradient)
+
+
+@_row_entries.register_fake
+def _(ids: Tensor, gradient: Tensor, index: Tensor, layout: list[int]) -> Tensor:
+    return gradient.new_empty(index.shape[0], dtype=torch.float32)
+
+
 class _Leaf(torch.autograd.Function):
     """Stands for the selected columns of a weight, to receive their gradient; its values are never read."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, served: Served) -> Tensor:
-        ctx.served, ctx.selection, ctx.weight = weakref.ref(served), served.selection, weight
+        ctx.selection, ctx.weight = served.selection, weight
         assert served.selection is not None
         return torch.zeros((), dtype=served.dtype, device=weight.device).expand(served.selection.layout.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        served, selection, weight = ctx.served(), ctx.selection, ctx.weight
+        selection, weight = ctx.selection, ctx.weight
+        served = _served.get(id(weight))
         if served is not None and served.slot.selection is not selection:
             raise RuntimeError(_REFRESHED)
+        layout = selection.layout
         if torch.is_grad_enabled() and gradient.requires_grad:  # somebody wants to differentiate it again
-            layout = selection.layout
+            if isinstance(layout, Layout):
+                position = reference.positions(selection.index, layout)[selection.index >= 0]
+                flat = torch.zeros(weight.numel(), dtype=gradient.dtype, device=gradient.device)
+                return flat.index_copy(0, position, gradient[selection.index >= 0]).view(weight.shape).to(
+                    weight.dtype
+                ), None
             dense = torch.zeros(weight.shape, dtype=gradient.dtype, device=gradient.device)
             values = gradient if layout.transposed else gradient.t()
             held = selection.index >= 0
             values = values[held] if layout.transposed else values[:, held]
             return dense.index_copy(layout.input_dim, selection.index[held].long(), values).to(weight.dtype), None
         entries = gradient.contiguous()
-        if served is None or served.keep_zeros:
+        if isinstance(layout, ColumnLayout) and (served is None or served.keep_zeros):
             entries = entries.masked_fill(~reference.used(selection), 0)
         return SelectedGradient(Box(selection, entries), weight), None

@@ -170,7 +170,7 @@ class NanoAdam(Optimizer):
         ordinal = 0
         for i, group in enumerate(self.param_groups):
             members: tuple[list[Slot], list[Slot]] = ([], [])
-            for parameter, name in zip(group["params"], checks.names(group, i), strict=True):
+            for j, (parameter, name) in enumerate(zip(group["params"], checks.names(group, i), strict=True)):
                 ordinal += 1
                 self._group_of[parameter] = i
                 trained = parameter.requires_grad and parameter.numel() > 0
@@ -190,8 +190,10 @@ class NanoAdam(Optimizer):
                 members[slot.selection is None].append(slot)
                 if trained and slot.selection is not None:
                     self._release.hold(parameter)
+                embedding = j < len(group.get("roles", ())) and group["roles"][j] == "embedding"
                 wanted = trained and self._releases(i) and slot.selection is not None
-                if wanted and isinstance(slot.layout, ColumnLayout) and slot.served is None:
+                wanted = wanted and parameter.dim() == 2 and (embedding or isinstance(slot.layout, ColumnLayout))
+                if wanted and slot.served is None:
                     slot.served = columns.serve(parameter, slot, self, group["grad_dtype"], group["keep_zeros"])
                 elif not wanted and slot.served is not None:
                     columns.leave(parameter)
@@ -303,6 +305,8 @@ class NanoAdam(Optimizer):
         by_device([slot])
         group = self.param_groups[i]
         if _asks_before_forward(slot):
+            if type(gradient) is not SelectedGradient and not isinstance(slot.layout, ColumnLayout):
+                slot.served.in_vain = True
             if slot.selected_for != group["steps"]:  # by a compiled layer, which asked nobody
                 slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
         else:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoadam.chunks import column_layout
+from nanoadam.chunks import column_layout, layout
 from nanoadam.ops import Adam, Rule, Selection, Slot, reference
 from nanoadam.ops.rounding import seed_key
 
@@ -231,3 +231,26 @@ def test_kernels_that_count_in_64_bits_are_those_in_32(device, monkeypatch):
         host.select(slots, [slot.layout for slot in slots], rule(step=1), None)
         ends.append(torch.cat([s.weight.float().flatten() for s in slots] + [s.state["index"].float() for s in slots]))
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_a_batch_looks_up_give_an_embeddings_entries(ops, device, dtype):
+    torch.manual_seed(0)
+    table = torch.randn(90, 24, device=device).to(dtype)
+    slot = new_slot(table)
+    lay = layout(table.shape, 0.1)
+    ops.select([slot], [lay], rule(), None)
+    selection = Selection(slot.state["index"], lay)
+    ids = torch.randint(0, 40, (70,), device=device)
+    ids[:40], ids[::9] = 7, -1  # one word many times, some that count for nothing
+    gradient = torch.randn(70, 24, device=device).to(dtype)
+    dense = torch.zeros(90, 24, dtype=torch.float64)
+    dense.index_add_(0, ids[ids >= 0].cpu(), gradient[ids >= 0].double().cpu())
+    held = (selection.index >= 0).cpu()
+    position = reference.positions(selection.index.clamp(min=0), lay).cpu()
+    expected = torch.where(held, dense.view(-1)[position], 0.0)
+    entries = ops.row_entries(selection, ids, gradient)
+    assert entries.dtype == torch.float32
+    assert entries.equal(ops.row_entries(selection, ids, gradient))
+    torch.testing.assert_close(entries.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert not ops.row_entries(selection, ids[:0], gradient[:0]).any()

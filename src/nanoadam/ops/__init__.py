@@ -152,6 +152,12 @@ class Backend(Protocol):
     ) -> None:
         """Write the selected entries of dense gradients into `entries`, or add them to what is there."""
 
+    def row_entries(self, selection: Selection, ids: Tensor, gradient: Tensor) -> Tensor:
+        """The selected entries of an embedding's gradient, float32, from the gradient of what was looked up.
+
+        `ids` int64 [tokens], -1 for none; `gradient` [tokens, width]. The same bits every time.
+        """
+
     def update(self, slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
         """One AdamW step on the selected weights; `entries` are their gradients.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanoadam.chunks import AnyLayout, ColumnLayout
+from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot
 from nanoadam.ops.rounding import random_words, round_stochastically, tensor_key
 
@@ -321,3 +321,28 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
         state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1))
         state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2))
         slot.weight.detach().copy_(_store(slot.weight, weight, noise3))
+
+
+def row_entries(selection: Selection, ids: Tensor, gradient: Tensor) -> Tensor:
+    """The selected entries of an embedding's gradient, from the gradient of what was looked up.
+
+    Args:
+        selection: of a table [rows, width].
+        ids: int64 [tokens]; a row each, or -1 for none.
+        gradient: [tokens, width].
+
+    Returns:
+        float32 [selected], zero at empty places.
+    """
+    assert isinstance(selection.layout, Layout)
+    if ids.numel() == 0:
+        return torch.zeros(selection.index.shape, device=gradient.device)
+    rows, which = ids.unique(return_inverse=True)
+    width = gradient.shape[1]
+    sums = torch.zeros(len(rows), width, dtype=torch.float32, device=gradient.device)
+    sums = sums.index_add(0, which, gradient.float())
+    position = positions(selection.index.clamp(min=0), selection.layout)
+    row, column = position // width, position % width
+    place = torch.searchsorted(rows, row).clamp_(max=len(rows) - 1)
+    entries = sums[place, column]
+    return torch.where((rows[place] == row) & (selection.index >= 0), entries, 0.0)

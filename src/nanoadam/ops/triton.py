@@ -15,14 +15,17 @@ import triton
 from torch import Tensor
 
 from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
-from nanoadam.ops import Adam, Rule, Slot, column_triton, kernels, reference, select_triton, tables
+from nanoadam.ops import Adam, Rule, Selection, Slot, column_triton, kernels, reference, select_triton, tables
 from nanoadam.ops.launches import by_steps, launches, scalars
 from nanoadam.ops.tables import TYPES, is_aligned, on, spatial
 
-__all__ = ["gather", "select", "update", "update_dense"]
+__all__ = ["gather", "row_entries", "select", "update", "update_dense"]
 
 BLOCK = 1024
 """Selected entries a program updates."""
+
+ROW_BLOCK, TOKENS = 128, 16
+"""Selected entries of an embedding that a program sums, and the tokens that it reads at a time for each."""
 
 
 def _by_granularity(slots: Sequence[Any], layouts: Sequence[AnyLayout]) -> tuple[list[int], list[int]]:
@@ -55,6 +58,35 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
     ):
         if places:
             host([slots[i] for i in places], [entries[i] for i in places], adam)
+
+
+def row_entries(selection: Selection, ids: Tensor, gradient: Tensor) -> Tensor:
+    lay, width = selection.layout, gradient.shape[1]
+    assert isinstance(lay, Layout)
+    numbers = [0] * kernels.COLUMNS.value
+    for column, number in (
+        (kernels.INDEX, selection.index.data_ptr()),
+        (kernels.LINE, lay.line),
+        (kernels.CHUNK, lay.chunk),
+        (kernels.FULL, lay.full),
+        (kernels.KEEP, lay.keep),
+        (kernels.KEPT_PER_LINE, lay.kept_per_line),
+        (kernels.SELECTED, lay.selected),
+        (kernels.ROW, width),
+    ):
+        numbers[column.value] = number
+    row = tables.upload(numbers, gradient.device)
+    by_row, order = ids.sort(stable=True)
+    starts = torch.searchsorted(by_row, torch.arange(lay.numel // width + 1, device=gradient.device))
+    entries = torch.empty(lay.selected, dtype=torch.float32, device=gradient.device)
+    gradient = gradient.contiguous()
+    with on(gradient.device):
+        wide = lay.numel >= tables.WIDE_FROM
+        programs = triton.cdiv(lay.selected, ROW_BLOCK)
+        kernels.row_entries[(programs,)](
+            row, starts, order, gradient, entries, WIDE=wide, BLOCK=ROW_BLOCK, TOKENS=TOKENS
+        )
+    return entries
 
 
 def _programs(row: list[int]) -> int:
