@@ -1,0 +1,144 @@
+"""info and verify: what a patch holds, and whether a model is its base."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from nanoadam.delta import ops
+from nanoadam.delta.bits import NAMES
+from nanoadam.delta.diffing import Progress, name_key
+from nanoadam.delta.hashing import as_hex, signed
+from nanoadam.delta.patch import KINDS, Entry, Patch, as_patch
+from nanoadam.delta.sources import Tensors, tensors_of
+
+
+def info(patch: Patch | str | os.PathLike[str]) -> dict[str, Any]:
+    """What a patch holds, in plain values that JSON can take.
+
+    Raises:
+        DeltaError: if it is no whole patch.
+    """
+    found = as_patch(patch)
+    tensors = [_describe(entry) for entry in found.values()]
+    return {
+        "base": found.base,
+        "prefix": found.prefix,
+        "removed": list(found.removed),
+        "notes": dict(found.notes),
+        "bytes": sum(tensor["bytes"] for tensor in tensors),
+        "weights": found.count,
+        "of_weights": sum(entry.numel for entry in found.values()),
+        "untouched": None if found.untouched is None else len(found.untouched),
+        "kinds": {
+            kind: {
+                "tensors": sum(tensor["kind"] == kind for tensor in tensors),
+                "weights": sum(tensor["weights"] for tensor in tensors if tensor["kind"] == kind),
+                "bytes": sum(tensor["bytes"] for tensor in tensors if tensor["kind"] == kind),
+                "position_bytes": sum(tensor["position_bytes"] for tensor in tensors if tensor["kind"] == kind),
+            }
+            for kind in KINDS
+        },
+        "tensors": tensors,
+    }
+
+
+def _describe(entry: Entry) -> dict[str, Any]:
+    parts = {name: part.nbytes for name, part in entry.parts.items()}
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "dtype": NAMES[entry.dtype],
+        "shape": list(entry.shape),
+        "weights": entry.count,
+        "of_weights": entry.numel,
+        "bytes": sum(parts.values()),
+        "position_bytes": sum(parts.values()) - parts["values"],
+        "base": None if entry.base is None else as_hex(entry.base),
+        "result": None if entry.result is None else as_hex(entry.result),
+        "tied": list(entry.tied),
+    }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model is to a patch.
+
+    Attributes:
+        base: tensors that are the base's, and change.
+        tuned: tensors that are the finetuned ones.
+        same: tensors that the patch leaves alone, and that are the base's.
+        other: tensors that are neither, by name; of another dtype or shape, or missing, included.
+        unknown: tensors of which the patch says nothing.
+    """
+
+    base: int
+    tuned: int
+    same: int
+    other: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the patch can be applied, and all else is the base's too."""
+        return not self.other and not self.tuned
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether it is the finetuned model."""
+        return not self.other and not self.base
+
+
+def verify(model: Any, patch: Patch | str | os.PathLike[str], *, progress: Progress | None = None) -> Verdict:
+    """Hold every tensor of a model against a patch: those that it changes, and those that it leaves alone.
+
+    Args:
+        model: a module, a state dict or the path of a saved model.
+        patch: a patch, or its path; the file is held against its SHA-256.
+        progress: told how far it is, in tensors.
+
+    Raises:
+        DeltaError: if the patch or the model cannot be read.
+    """
+    found, tensors = as_patch(patch), tensors_of(model)
+    names = {other: entry for entry in found.values() for other in (entry.name, *entry.tied)}
+    untouched = {} if found.untouched is None else dict(found.untouched.tolist())
+    base = tuned = same = 0
+    other: list[str] = []
+    unknown: list[str] = []
+    seen: set[str] = set()
+    for done, name in enumerate(tensors.names(), 1):
+        every = (name, *tensors.tied.get(name, ()))
+        entry = next(
+            (names[each] for each in (*every, *(found.prefix + each for each in every)) if each in names), None
+        )
+        if entry is not None:
+            seen.add(entry.name)
+            what = _state(tensors, name, entry)
+            base, tuned = base + (what == "base"), tuned + (what == "tuned")
+            other += [name] if what == "other" else []
+        else:
+            own = [each.removeprefix(prefix) for each in every for prefix in ("", found.prefix)]
+            known = next((untouched[name_key(each)] for each in own if name_key(each) in untouched), None)
+            if known is None:
+                unknown.append(name)
+            elif signed(ops.hash_all([tensors.tensor(name)])[0]) == known:
+                same += 1
+            else:
+                other.append(name)
+        if progress is not None:
+            progress(done, len(tensors.names()))
+    missing = [entry.name for entry in found.values() if entry.name not in seen]
+    base += sum(found[name].kind == "new" for name in missing)
+    other += [name for name in missing if found[name].kind != "new"]
+    return Verdict(base, tuned, same, tuple(other), tuple(unknown))
+
+
+def _state(tensors: Tensors, name: str, entry: Entry) -> str:
+    if tensors.form(name) != (entry.dtype, entry.shape):
+        return "base" if entry.kind == "new" else "other"
+    (value,) = ops.hash_all([tensors.tensor(name)])
+    if value == entry.result:
+        return "tuned"
+    return "base" if entry.kind == "new" or entry.base in (value, None) else "other"

@@ -1,0 +1,106 @@
+"""The operations on patches, each with one signature and two implementations, as in `nanoadam.ops`.
+
+`reference` is plain PyTorch, runs on any device and is the definition. `triton` does the same on GPUs with one launch
+for a list of tensors. `NANOADAM_BACKEND=reference|triton` forces one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from nanoadam.delta.patch import Entry
+
+
+@dataclass(eq=False)
+class Job:
+    """A sparse or columns entry, and the tensor that it is for: same dtype, shape and device."""
+
+    entry: Entry
+    weight: Tensor
+    cache: dict[str, Any] = field(default_factory=dict)  # for an implementation's own use between inspect and write
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an entry found: the weights as they are (of its values' shape), and what it would do to the hash."""
+
+    old: Tensor
+    change: int
+
+
+class Backend(Protocol):
+    """The operations. All tensors of a call are on one device; lists may be empty."""
+
+    def hash_all(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The hash of each tensor, from 0 to 2**64 - 1."""
+
+    def inspect(self, jobs: Sequence[Job]) -> list[Found]:
+        """Look at what would be changed, and change nothing.
+
+        Raises:
+            DeltaError: if the positions of an entry are out of order or out of range.
+        """
+
+    def write(self, jobs: Sequence[Job], values: Sequence[Tensor]) -> None:
+        """Write values (of each entry's values' shape) to the places of entries that were inspected."""
+
+
+def backend(device: torch.device) -> Backend:
+    """The implementation that serves a device.
+
+    Raises:
+        ValueError, RuntimeError: as `nanoadam.ops.backend`.
+    """
+    from nanoadam.ops import backend as core
+
+    if core(device).__name__.endswith("triton"):  # type: ignore[attr-defined]
+        from nanoadam.delta import triton
+
+        return cast(Backend, triton)
+    from nanoadam.delta import reference
+
+    return cast(Backend, reference)
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def _by_device(
+    items: Sequence[_Item],
+    device_of: Callable[[_Item], torch.device],
+    work: Callable[[Backend, list[int]], Iterable[_Result]],
+) -> list[_Result]:
+    """Do something on each device, and put the results into the order of the items."""
+    places: dict[torch.device, list[int]] = {}
+    for i, item in enumerate(items):
+        places.setdefault(device_of(item), []).append(i)
+    results: dict[int, _Result] = {}
+    for device, mine in places.items():
+        results.update(zip(mine, work(backend(device), mine), strict=True))
+    return [results[i] for i in range(len(items))]
+
+
+def hash_all(tensors: Sequence[Tensor]) -> list[int]:
+    """The hash of each tensor, whatever its device."""
+    return _by_device(tensors, lambda tensor: tensor.device, lambda own, mine: own.hash_all([tensors[i] for i in mine]))
+
+
+def inspect(jobs: Sequence[Job]) -> list[Found]:
+    """As `Backend.inspect`, whatever the devices."""
+    return _by_device(jobs, lambda job: job.weight.device, lambda own, mine: own.inspect([jobs[i] for i in mine]))
+
+
+def write(jobs: Sequence[Job], values: Sequence[Tensor]) -> None:
+    """As `Backend.write`, whatever the devices."""
+
+    def work(own: Backend, mine: list[int]) -> list[None]:
+        own.write([jobs[i] for i in mine], [values[i] for i in mine])
+        return [None] * len(mine)
+
+    _by_device(jobs, lambda job: job.weight.device, work)
