@@ -43,9 +43,10 @@ def compose(first: Patch | str | os.PathLike[str], second: Patch | str | os.Path
     for entry in a.values():
         _check_untouched(b, entry, entry.base, entry.result)
     gone = set(b.removed)
-    known = {other for entry in a.values() if entry.kind == "new" for other in (entry.name, *entry.tied)}
-    removed = (*a.removed, *(name.removeprefix(a.prefix) for name in b.removed if name not in known))
     kept = {name: entry for name, entry in entries.items() if not gone.intersection((name, *entry.tied))}
+    names_kept = {other.removeprefix(a.prefix) for entry in kept.values() for other in (entry.name, *entry.tied)}
+    lost = dict.fromkeys((*a.removed, *(name.removeprefix(a.prefix) for name in b.removed)))
+    removed = tuple(name for name in lost if name not in names_kept)
     return Patch(kept, a.base, a.prefix, removed, _untouched(a, b), versions())
 
 

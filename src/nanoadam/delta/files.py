@@ -61,8 +61,8 @@ class SafeFile:
         self.path = Path(path)
         try:
             self._file: BinaryIO = self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise DeltaError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+            raise DeltaError(f"{self.path} cannot be read: {error}") from error
         weakref.finalize(self, self._file.close)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
