@@ -66,6 +66,7 @@ def test_nothing_wrong_decodes(density):
     numel = 60_000
     given = chosen(numel, density)
     code = coding.encode(given, numel)
+    longer = torch.cat([code.gaps, code.gaps.new_tensor([255])])
     wrong = [
         (code, numel - (numel - int(given[-1]))),  # the last position is out of range
         (coding.Coded(code.gaps[:-1], code.low, code.blocks, code.bits, code.count), numel),
@@ -75,7 +76,7 @@ def test_nothing_wrong_decodes(density):
         (coding.Coded(code.gaps, code.low, code.blocks[:0], code.bits, code.count), numel),
         (coding.Coded(code.gaps, code.low, code.blocks, 25, code.count), numel),
         (coding.Coded(code.gaps, code.low, code.blocks, code.bits, 0), numel),
-        (coding.Coded(torch.cat([code.gaps, code.gaps.new_tensor([255])]), code.low, code.blocks, code.bits, code.count), numel),
+        (coding.Coded(longer, code.low, code.blocks, code.bits, code.count), numel),
     ]  # fmt: skip
     for broken, size in wrong:
         with pytest.raises(DeltaError, match=r"layer\.weight"):

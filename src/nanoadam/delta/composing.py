@@ -96,7 +96,7 @@ def _both(a: Entry, b: Entry) -> Entry:
                 "second one on what the first one makes"
             )
         assert a.base is not None  # the hash is a sum: each patch adds its own part to it
-        result = None if a.result is None or b.result is None else (a.result + b.result - a.base) % 2**64
+        result = None if b.result is None else (a.result + b.result - a.base) % 2**64
     else:
         raise _strangers(a)
     return replace(merged, name=a.name, base=a.base, result=result, tied=a.tied or b.tied)

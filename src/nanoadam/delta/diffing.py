@@ -177,7 +177,7 @@ def compare(name: str, before: Tensor, after: Tensor) -> Entry | int:
     if columns is not None:
         values = after.detach().reshape(-1, after.shape[-1])[:, columns].contiguous()
         return replace(entry, parts={"values": values, "columns": columns.to(torch.int32)}, count=values.numel())
-    positions = _changed(old, now)
+    positions = ops.backend(after.device).changed(before, after)
     values = now[positions.to(torch.int64)].view(after.dtype)
     return replace(entry, parts={"values": values, "positions": positions}).coded()
 
@@ -201,16 +201,6 @@ def _changed_columns(old: Tensor, now: Tensor, width: int) -> Tensor:
     for a, b in zip(old.view(-1, width).split(rows), now.view(-1, width).split(rows), strict=True):
         changed |= (a != b).any(0)
     return changed.nonzero().view(-1)
-
-
-def _changed(old: Tensor, now: Tensor) -> Tensor:
-    """Ascending positions: int32 where they fit."""
-    dtype = torch.int32 if now.numel() < 2**31 else torch.int64
-    found = [
-        (piece[0] != piece[1]).nonzero().view(-1).add_(i * _PIECE).to(dtype)
-        for i, piece in enumerate(zip(old.split(_PIECE), now.split(_PIECE), strict=True))
-    ]
-    return torch.cat(found)
 
 
 # What becomes of the entries

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from nanoadam.chunks import Layout
+from nanoadam.delta.coding import Coded
 from nanoadam.delta.patch import Entry
 
 
@@ -48,6 +50,20 @@ class Backend(Protocol):
 
     def write(self, jobs: Sequence[Job], values: Sequence[Tensor]) -> None:
         """Write values (of each entry's values' shape) to the places of entries that were inspected."""
+
+    def changed(self, before: Tensor, after: Tensor) -> Tensor:
+        """Ascending positions of differing elements: int32 where they fit. Same dtype and shape."""
+
+    def encode(self, positions: Tensor, numel: int) -> Coded:
+        """As `coding.encode`."""
+
+    def collect(
+        self, weights: Sequence[Tensor], indices: Sequence[Tensor], layouts: Sequence[Layout]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Positions (as `changed`) and values of selected weights, from their indices within chunks (int16).
+
+        The kernels want every place to be taken: no index is -1.
+        """
 
 
 def backend(device: torch.device) -> Backend:

@@ -74,7 +74,9 @@ class Entry:
     def code(self) -> Coded:
         """The positions of a sparse entry, coded."""
         if not self.is_coded:
-            return coding.encode(self.parts["positions"], self.numel)
+            from nanoadam.delta.ops import backend  # which knows entries
+
+            return backend(self.values.device).encode(self.parts["positions"], self.numel)
         low = self.parts["low"] if self.bits else self.parts["gaps"].new_empty(0)
         return Coded(self.parts["gaps"], low, self.parts["blocks"], self.bits, self.count)
 

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanoadam.delta.bits import bits, extent, offsets
+from nanoadam.chunks import Layout
+from nanoadam.delta import coding
+from nanoadam.delta.bits import bits, extent, flat, offsets
+from nanoadam.delta.coding import Coded
 from nanoadam.delta.hashing import hash_change, hash_tensor, total
 from nanoadam.delta.ops import Found, Job
+from nanoadam.ops.reference import positions as of_index
+
+_PIECE = 1 << 24
+"""Weights compared at a time."""
 
 
 def hash_all(tensors: Sequence[Tensor]) -> list[int]:
@@ -41,3 +48,24 @@ def write(jobs: Sequence[Job], values: Sequence[Tensor]) -> None:
     for job, new in zip(jobs, values, strict=True):
         place = offsets(_places(job).to(torch.int64), job.weight)
         extent(job.weight)[place] = bits(new.reshape(-1))
+
+
+def changed(before: Tensor, after: Tensor) -> Tensor:
+    dtype = torch.int32 if after.numel() < 2**31 else torch.int64
+    pieces = zip(flat(before).split(_PIECE), flat(after).split(_PIECE), strict=True)
+    return torch.cat([(a != b).nonzero().view(-1).add_(i * _PIECE).to(dtype) for i, (a, b) in enumerate(pieces)])
+
+
+def encode(positions: Tensor, numel: int) -> Coded:
+    return coding.encode(positions, numel)
+
+
+def collect(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], layouts: Sequence[Layout]
+) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for weight, index, layout in zip(weights, indices, layouts, strict=True):
+        positions = of_index(index, layout)[index >= 0]
+        values = extent(weight)[offsets(positions, weight)].view(weight.dtype)
+        found.append((positions.to(torch.int32) if weight.numel() < 2**31 else positions, values))
+    return found
