@@ -17,7 +17,7 @@ from typing import Any
 import common
 import matplotlib
 
-from nanoadam.lab import fronts, tables
+from nanoadam.comparing import fronts, tables
 
 
 def rate(run: dict[str, Any]) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanoadam import NanoAdam
-from nanoadam.lab.shapes import MODELS, Shapes, count
+from nanoadam.comparing.shapes import MODELS, Shapes, count
 
 CPU = torch.device("cpu")
 INTERVAL = 100

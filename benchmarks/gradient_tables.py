@@ -14,7 +14,7 @@ from typing import Any
 
 from compare_fronts import shown, spread
 
-from nanoadam.lab import hyperbola
+from nanoadam.paper import hyperbola
 
 Data = dict[str, Any]
 

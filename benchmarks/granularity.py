@@ -18,7 +18,8 @@ import common
 import torch
 
 from nanoadam import chunks
-from nanoadam.lab import demo, fronts
+from nanoadam.comparing import fronts
+from nanoadam.demo import experiment as demo
 
 REFERENCE = (0.5, 0.0)
 """Accuracy of task 2 and of task 1 from which areas are measured."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoadam import NanoAdam
 from nanoadam.chunks import layout
-from nanoadam.lab.shapes import MODELS, Shapes, count
+from nanoadam.comparing.shapes import MODELS, Shapes, count
 
 PEERS = ("adamw", "sgd", "bitsandbytes", "torchao")
 SECTOR = 32  # bytes that a GPU moves at least, however few of them are wanted

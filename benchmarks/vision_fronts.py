@@ -18,7 +18,8 @@ from typing import Any
 from compare_fronts import shown, spread
 from scipy import stats
 
-from nanoadam.lab import front, fronts
+from nanoadam.comparing import fronts
+from nanoadam.paper import front
 
 Run = dict[str, Any]
 Row = dict[str, Any]
@@ -42,7 +43,7 @@ VARIANTS = (
 
 
 def read(path: Path, epoch: int | None) -> list[Run]:
-    """Lines of `nanoadam.lab.front.run`, or a JSON file with them under "runs"; after an epoch if asked."""
+    """Lines of `nanoadam.paper.front.run`, or a JSON file with them under "runs"; after an epoch if asked."""
     text = path.read_text()
     lines = json.loads(text)["runs"] if text.startswith("{\n") else [json.loads(line) for line in text.splitlines()]
     runs = [line for line in lines if line["kind"] == "task2"]

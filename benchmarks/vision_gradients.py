@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from nanoadam import analysis, baselines
 from nanoadam.analysis.gradients import tensors
-from nanoadam.lab import forgetting, runs, vision
+from nanoadam.finetuning import folders, norms
+from nanoadam.paper import forgetting, vision
 
 STEPS = (0, 10, 30, 100, 300, 780)
 LEAST = 1000
@@ -38,7 +39,7 @@ def model_of(folder: Path, scratch: bool, seed: int, device: torch.device):
                 torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     else:
         model = AutoModelForImageClassification.from_pretrained(folder)
-    forgetting.set_momentum(model, 0.1)
+    norms.set_momentum(model, 0.1)
     model.to(device).train()
     forgetting.put_head(model, forgetting.new_head(model, 10, seed))
     return model
@@ -120,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     settings = {key: str(value) for key, value in vars(arguments).items()}
-    result = {**runs.environment(device=str(device)), "settings": settings, "runs": []}
+    result = {**folders.environment(device=str(device)), "settings": settings, "runs": []}
     if arguments.shuffled:
         result["shuffled"] = shuffled(arguments.data / "mobilenet", arguments.shuffled)
         arguments.out.write_text(json.dumps(result) + "\n")

@@ -1,6 +1,6 @@
 """NanoAdam in a loop of accelerate: accumulation, clipping, a scheduler, and a checkpoint that goes on bit for bit.
 
-Runs in a few seconds and downloads nothing: python examples/accelerate_loop.py (needs pip install 'nanoadam[lab]')
+Runs in a few seconds and downloads nothing: python examples/accelerate_loop.py (needs pip install 'nanoadam[finetune]')
 """
 
 import tempfile

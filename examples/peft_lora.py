@@ -1,6 +1,6 @@
 """LoRA adapters trained by NanoAdam: A and B are matrices that it selects from, the frozen base is left alone.
 
-Runs in a few seconds and downloads nothing: python examples/peft_lora.py (needs pip install 'nanoadam[lab]' peft)
+Runs in a few seconds and downloads nothing: python examples/peft_lora.py (needs pip install 'nanoadam[finetune]' peft)
 """
 
 import torch

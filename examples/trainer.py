@@ -1,6 +1,6 @@
 """NanoAdam under transformers' Trainer: its schedule, accumulation, checkpoints and logs, and clipping done right.
 
-Runs in a few seconds and downloads nothing: python examples/trainer.py (needs pip install 'nanoadam[lab]')
+Runs in a few seconds and downloads nothing: python examples/trainer.py (needs pip install 'nanoadam[finetune]')
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Supervised finetuning of a language model with TRL's SFTTrainer and NanoAdam.
 
-Runs in a few seconds and downloads nothing: python examples/trl_sft.py (needs pip install 'nanoadam[lab]' trl; trl
+Runs in a few seconds and downloads nothing: python examples/trl_sft.py (needs pip install 'nanoadam[finetune]' trl; trl
 is in none of nanoadam's extras: the test of this script is skipped without it)
 """
 

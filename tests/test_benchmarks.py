@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import nanoadam
-from nanoadam.lab import shapes
+from nanoadam.comparing import shapes
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nanoadam import memory
+from nanoadam import memory, text
 from nanoadam.groups import param_groups
 from nanoadam.optimizer import NanoAdam
 
@@ -33,7 +33,7 @@ def llama(dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
 
 
 def gb(number: int) -> str:
-    return memory.short(number / 1e9)
+    return text.short(number / 1e9)
 
 
 # Appendix G
@@ -261,7 +261,7 @@ def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_small_numbers_keep_their_digits() -> None:
-    assert [memory.short(x) for x in (0.3765, 25.1, 5.6475, 0.0, 100.0, 0.00004)] == [
+    assert [text.short(x) for x in (0.3765, 25.1, 5.6475, 0.0, 100.0, 0.00004)] == [
         "0.3765",
         "25.1",
         "5.65",
@@ -272,7 +272,7 @@ def test_small_numbers_keep_their_digits() -> None:
 
 
 def test_units_fit_the_table() -> None:
-    assert [memory.unit(size)[0] for size in (2 * 10**9, 2 * 10**8, 2 * 10**7, 500)] == ["GB", "GB", "MB", "KB"]
+    assert [text.unit(size)[0] for size in (2 * 10**9, 2 * 10**8, 2 * 10**7, 500)] == ["GB", "GB", "MB", "KB"]
 
 
 def test_counting_does_not_load_transformers() -> None:

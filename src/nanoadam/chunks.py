@@ -18,6 +18,13 @@ _PIECE_ALIGN = 64
 """Pieces of a long row start at multiples of this, so that a GPU reads them in whole cache lines."""
 
 
+INDEX_BYTES = 2
+"""Bytes of a selected weight's position in its chunk (int16)."""
+
+ENTRY_BYTES = 2
+"""Bytes of the step at which a selected weight entered, kept where moments are carried over."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The chunks of one tensor, as `lines` equal runs of `line` weights, each cut into chunks of `chunk`.
@@ -102,3 +109,15 @@ def layout(shape: Sequence[int], density: float) -> Layout:
         lines, line, chunk = rows, cols, min(MAX_CHUNK, -(-piece // _PIECE_ALIGN) * _PIECE_ALIGN)
     tail = line % chunk
     return Layout(lines, line, chunk, keep_count(chunk, density), keep_count(tail, density) if tail else 0)
+
+
+def nanoadam_state(selected: int, dense: int, state_bytes: int = 2, *, carried: bool = False) -> int:
+    """Bytes of NanoAdam's state for that many selected and dense weights.
+
+    Args:
+        selected: selected weights: an index and two moments each, and the entry step if `carried`.
+        dense: weights under ordinary AdamW: two moments each.
+        state_bytes: bytes of one moment.
+        carried: whether moments are carried over at a refresh (`moments="carry"`, the optimizer's default).
+    """
+    return selected * (INDEX_BYTES + ENTRY_BYTES * carried + 2 * state_bytes) + dense * 2 * state_bytes

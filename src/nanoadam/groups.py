@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nanoadam import chunks, memory
+from nanoadam import chunks, text
 
 Override: TypeAlias = "str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool]"
 """One way to name tensors: an fnmatch pattern on parameter or module names, a module, a module type, a predicate."""
@@ -462,12 +462,12 @@ def describe(
     defaults = {"density": density, "state_dtype": state_dtype, "grad_dtype": grad_dtype}
     rows = [row for group in groups for row in _costs({**defaults, **group})]
     total = [sum(row[1][column] for row in rows) for column in range(5)]
-    unit, size = memory.unit(total[-1])
+    unit, size = text.unit(total[-1])
     heading = ["group", "role", "treatment", "tensors", "weights", "share"]
     lines = [[*heading, f"state {unit}", f"gradients {unit}", f"AdamW {unit}"]]
     for labels, (tensors, weights, *sizes) in [*rows, (("total", "", ""), total)]:
         share = f"{100 * weights / max(1, total[1]):.2f} %"
-        lines.append([*labels, str(tensors), f"{weights:,}", share, *(memory.short(each / size) for each in sizes)])
+        lines.append([*labels, str(tensors), f"{weights:,}", share, *(text.short(each / size) for each in sizes)])
     notes = [f"{group['role']}: {_few(group['param_names'])}" for group in groups if group.get("role") not in _UNNAMED]
     notes += _rate_of_head(groups)
     if isinstance(groups, ParamGroups):
@@ -477,7 +477,7 @@ def describe(
             notes.append(f"frozen: {sum(groups.frozen.values()):,} weights in {_few(list(groups.frozen))}")
         if groups.empty:
             notes.append(f"empty: {_few(groups.empty)}")
-    return "\n".join([memory.align(lines, left=3), *notes])
+    return "\n".join([text.align(lines, left=3), *notes])
 
 
 def _costs(group: dict[str, Any]) -> list[tuple[tuple[str, str, str], list[int]]]:
@@ -493,7 +493,7 @@ def _costs(group: dict[str, Any]) -> list[tuple[tuple[str, str, str], list[int]]
         row[0] += 1
         row[1] += size
         carried = group.get("moments", "carry") == "carry"
-        row[2] += memory.nanoadam_state(kept, size if dense else 0, group["state_dtype"].itemsize, carried=carried)
+        row[2] += chunks.nanoadam_state(kept, size if dense else 0, group["state_dtype"].itemsize, carried=carried)
         row[3] += size * width if dense else kept * group["grad_dtype"].itemsize
         row[4] += 3 * size * width
     return list(rows.items())

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nanoadam import chunks
+from nanoadam.chunks import nanoadam_state
+from nanoadam.text import align, short, unit
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +30,6 @@ if TYPE_CHECKING:
 
     DType: TypeAlias = str | torch.dtype
     Model: TypeAlias = nn.Module | str | PathLike[str] | Iterable[tuple[str, Sequence[int]]]
-
-INDEX_BYTES = 2
-"""Bytes of a selected weight's position in its chunk (int16)."""
-
-ENTRY_BYTES = 2
-"""Bytes of the step at which a selected weight entered, kept where moments are carried over."""
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -133,18 +129,6 @@ class _Case:
 
 
 # Methods -------------------------------------------------------------------------------------------------
-
-
-def nanoadam_state(selected: int, dense: int, state_bytes: int = 2, *, carried: bool = False) -> int:
-    """Bytes of NanoAdam's state for that many selected and dense weights.
-
-    Args:
-        selected: selected weights: an index and two moments each, and the entry step if `carried`.
-        dense: weights under ordinary AdamW: two moments each.
-        state_bytes: bytes of one moment.
-        carried: whether moments are carried over at a refresh (`moments="carry"`, the optimizer's default).
-    """
-    return selected * (INDEX_BYTES + ENTRY_BYTES * carried + 2 * state_bytes) + dense * 2 * state_bytes
 
 
 def _adamw(case: _Case) -> Estimate:
@@ -325,30 +309,6 @@ def render(rows: Sequence[Estimate]) -> str:
     return f"{align([header, *lines], left=2)}\n{note}"
 
 
-def align(lines: Sequence[Sequence[str]], left: int) -> str:
-    """Text columns, a rule under the first line; the first `left` columns start flush, the others end flush."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join(line.rstrip() for line in [text[0], "-" * len(text[0]), *text[1:]])
-
-
-def unit(largest: int) -> tuple[str, int]:
-    """The unit for a table whose largest entry is that many bytes, and its size in bytes."""
-    return next(((name, size) for name, size in (("GB", 10**9), ("MB", 10**6)) if largest >= size / 10), ("KB", 10**3))
-
-
-def short(number: float) -> str:
-    """Two decimals, or four digits below one, without trailing zeros."""
-    text = f"{number:.2f}" if number >= 1 else f"{number:.4f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
 def from_config(name: str | PathLike[str]) -> nn.Module:
     """The model of a local folder or a hub id on the meta device: shapes and dtypes, no weights.
 
@@ -361,7 +321,7 @@ def from_config(name: str | PathLike[str]) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("reading a model's config needs transformers: pip install 'nanoadam[lab]'") from error
+        raise ImportError("reading a model's config needs transformers: pip install 'nanoadam[finetune]'") from error
     import torch
 
     folder = Path(name)
@@ -410,7 +370,7 @@ def _tensors(params: float | None, model: Model | None, weight_dtype: DType | No
 def _module_tensors(model: Any, itemsize: int | None) -> tuple[_Tensor, ...]:
     from torch import nn
 
-    from nanoadam import groups  # which imports this module for its tables
+    from nanoadam import groups
 
     layers = (m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
     linear = {id(layer.weight) for layer in layers}

@@ -1,0 +1,1 @@
+"""Several finetuning runs: grids, tables, fronts, and optimizers side by side."""

@@ -1,0 +1,520 @@
+"""Several variants of one job, each over its own grid of learning rates, with the same seeds and order of data.
+
+A variant is a name, keys of the config that it sets, and its learning rates. Each run is a finetuning run with a
+folder of its own. A learning rate is chosen for each variant by the mean of the validation metric over the seeds;
+what is measured of forgetting takes no part in the choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import re
+import shutil
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from nanoadam.baselines import BASELINES
+from nanoadam.comparing import pool, tables
+from nanoadam.comparing.tables import CHOICE, Outcome
+from nanoadam.finetuning import config as configs
+from nanoadam.finetuning import folders, optimizers
+from nanoadam.finetuning import run as finetune
+from nanoadam.finetuning.config import FIELDS, Config
+from nanoadam.text import nearest
+
+OPTIMIZERS = ("adamw", "nanoadam")
+LEARNING_RATES = (1e-5, 1e-4, 1e-3)
+
+# What a variant may not set: these belong to the comparison, or would make one metric of two.
+SHARED = ("learning_rate", "seed", "task", "metric", "validation", "validation_share", "validation_rows")
+
+Key: TypeAlias = tuple[str, float, int]
+"""Of a run: variant, learning rate, seed."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many runs are done, how many there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One column of the table.
+
+    Args:
+        name: letters, digits and `._+-`; it names folders.
+        learning_rates: its grid.
+        overrides: keys of the config that it sets. A variant called like an optimizer has that one unless told
+            otherwise.
+
+    Raises:
+        ValueError: for a name that is none, an empty grid, a rate twice, or a key that a variant cannot set.
+    """
+
+    name: str
+    learning_rates: tuple[float, ...]
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name):
+            raise ValueError(f"the variant {self.name!r} needs a name of letters, digits and . _ + -")
+        object.__setattr__(self, "learning_rates", _rates(self.name, self.learning_rates))
+        for key in self.overrides:
+            if key not in FIELDS:
+                raise ValueError(f"variant {self.name}: there is no key {key!r}{nearest(key, FIELDS)}")
+            if key in SHARED:
+                raise ValueError(f"variant {self.name} cannot set {key}: it is the same for all variants")
+        if "optimizer" not in self.overrides and self.name in BASELINES:
+            object.__setattr__(self, "overrides", {"optimizer": self.name, **self.overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a TOML file."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.overrides.items()}
+        return {**plain, "learning_rates": list(self.learning_rates)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        config: the job; its learning rate and seed give way to these.
+        variants: see `Variant`, and `variants` for a short form.
+        seeds: each run is repeated with each.
+
+    Raises:
+        ValueError: for an empty list, something twice, or a variant that is no valid config.
+    """
+
+    config: Config
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        seeds: Any = self.seeds
+        if not isinstance(seeds, (list, tuple)) or not all(isinstance(seed, int) for seed in seeds):
+            raise ValueError(f"seeds must be a list of whole numbers, got {seeds!r}")
+        names = tuple(variant.name for variant in self.variants)
+        for what, values in (("variants", names), ("seeds", self.seeds)):
+            if not values:
+                raise ValueError(f"{what} is empty: give at least one")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} holds something twice: {', '.join(map(str, values))}")
+        for variant in self.variants:
+            try:
+                config = self._config(variant, variant.learning_rates[0], self.seeds[0])
+                optimizers.options(config)
+            except ValueError as error:
+                raise ValueError(f"variant {variant.name}: {error}") from error
+            optimizers.method(config.optimizer)
+
+    def _config(self, variant: Variant, learning_rate: float, seed: int) -> Config:
+        return dataclasses.replace(self.config, **variant.overrides, learning_rate=learning_rate, seed=seed)
+
+    def resolved(self) -> Comparison:
+        """With whole paths, so that it can be gone on with from anywhere."""
+        made = []
+        for variant in self.variants:
+            whole = self._config(variant, variant.learning_rates[0], self.seeds[0]).resolved()
+            own = {key: getattr(whole, key) for key in variant.overrides}
+            made.append(dataclasses.replace(variant, overrides=own))
+        return dataclasses.replace(self, config=self.config.resolved(), variants=tuple(made))
+
+    def cases(self) -> list[Case]:
+        """Every run there is, variant by variant."""
+        return [
+            Case(variant.name, self._config(variant, lr, seed))
+            for variant in self.variants
+            for lr in variant.learning_rates
+            for seed in self.seeds
+        ]
+
+    def to_toml(self) -> str:
+        """The job's keys and those of [compare]; reading it gives the same comparison."""
+        import tomli_w
+
+        own = {variant.name: variant.to_dict() for variant in self.variants}
+        section = {"seeds": list(self.seeds), "variants": own}
+        text = self.config.to_toml().replace("nanoadam finetune", "nanoadam compare")
+        return f"{text}\n{tomli_w.dumps({'compare': section})}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run of a comparison: a variant at one learning rate with one seed."""
+
+    variant: str
+    config: Config
+
+    @property
+    def key(self) -> Key:
+        """What tells it from all others."""
+        return self.variant, self.config.learning_rate, self.config.seed
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.variant}-{self.config.learning_rate:g}-{self.config.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.variant}, learning rate {self.config.learning_rate:g}, seed {self.config.seed}"
+
+
+KEYS = ("optimizers", "learning_rates", "seeds", "variants")
+"""What may stand in the section [compare] of a TOML file."""
+
+
+def variants(
+    names: Sequence[str] | None = None,
+    learning_rates: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+    sections: Any = None,
+) -> tuple[Variant, ...]:
+    """Variants from what may stand in [compare].
+
+    Args:
+        names: of optimizers, the short form: each is a variant without keys of its own.
+        learning_rates: for variants without a grid of their own; or grids by name, with that of all others under
+            "", which win over the variants' own.
+        sections: overrides by name, with a grid under `learning_rates` where it has one.
+
+    Raises:
+        ValueError: for both forms at once, or a grid for a name that there is none of.
+    """
+    if names is not None and sections is not None:
+        raise ValueError("give either optimizers or variants: a variant says with optimizer = ... which it has")
+    if not isinstance(sections or {}, dict) or not all(isinstance(own, dict) for own in (sections or {}).values()):
+        raise ValueError("variants must be sections like [compare.variants.NAME]")
+    if names is not None:
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"optimizers must be a list of names, got {names!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"optimizers holds something twice: {', '.join(names)}")
+        for name in names:
+            optimizers.method(name)
+    found = {name: {} for name in names or OPTIMIZERS} if sections is None else sections
+    grids = learning_rates if isinstance(learning_rates, Mapping) else {}
+    rest = LEARNING_RATES if learning_rates is None or isinstance(learning_rates, Mapping) else learning_rates
+    for name in grids:
+        if name and name not in found:
+            raise ValueError(f"learning_rates has a grid for {name!r}, which is no variant{nearest(name, found)}")
+    made = []
+    for name, own in found.items():
+        overrides = {key: value for key, value in own.items() if key != "learning_rates"}
+        grid = grids.get(name, grids.get("", own.get("learning_rates", rest)))
+        made.append(Variant(name, grid, overrides))
+    return tuple(made)
+
+
+def _rates(name: str, values: Any) -> tuple[float, ...]:
+    good = isinstance(values, (list, tuple)) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf for value in values
+    )
+    if not good or not values:
+        raise ValueError(f"learning_rates of {name} must be a list of numbers, got {values!r}")
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise ValueError(f"learning_rates of {name} holds something twice: {', '.join(map(str, values))}")
+    return tuple(float(value) for value in values)
+
+
+def run(comparison: Comparison, out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
+    """Run all of it, and write one folder with a folder for each run in it.
+
+    A run that fails for whatever reason has a line that says why, and the others go on: so does a variant whose
+    library is missing or that this device cannot run. Each line is written as soon as its run is done.
+
+    Args:
+        comparison: what to compare.
+        out: new or empty.
+        progress: told when a run begins, and at the end.
+        jobs: how many runs at once, each in a process of its own and on one of the visible GPUs in turn.
+
+    Returns:
+        `{"metric", "runs": [...], "table": [...], ...}`; see `tables.table`.
+
+    Raises:
+        FileExistsError: `out` is a file or holds files.
+        ValueError, ImportError: for whatever the job can get wrong, before the first run.
+        RunError: if another process is writing to `out`.
+    """
+    comparison = comparison.resolved()
+    if out.exists():
+        folders.prepare_folder(out)
+    job = _prepared(comparison, jobs)
+    with folders.new_folder(out):
+        folders.write(out / "config.toml", comparison.to_toml())
+        folders.write(out / "manifest.json", json.dumps(job, indent=2) + "\n")
+        return _go(comparison, out, job, progress, jobs)
+
+
+def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
+    """Go on with a comparison: runs that are finished are read, all others begin again.
+
+    Raises:
+        ValueError: if `out` holds no comparison, or the data or the config of a finished run is not what it was.
+        RunError: as in `run`.
+    """
+    load(out)  # a folder of something else is left as it is
+    with folders.alone(out):
+        return _resume(out, progress, jobs)
+
+
+def ensure(comparison: Comparison, out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
+    """The results of a comparison: read if it is finished, gone on with if it was begun, else run; see `run`.
+
+    Args:
+        comparison: what to compare.
+        out: a folder of its own: what else is there is deleted.
+        progress: as in `run`.
+        jobs: as in `run`.
+
+    Raises:
+        ValueError: as in `resume`, and if another comparison is in `out`.
+    """
+    if not (out / "manifest.json").is_file():
+        shutil.rmtree(out, ignore_errors=True)  # killed before its first run
+        return run(comparison, out, progress, jobs)
+    begun, manifest = load(out)
+    if begun != comparison.resolved():
+        raise ValueError(
+            f"{out / 'config.toml'} is not what it was when it was written, or the folder has been moved: set it back, "
+            "or begin anew with --out"
+        )
+    results: dict[str, Any] = manifest["results"]
+    ended = _read(out / "manifest.json").get("results") is not None
+    return results if ended and not results["unfinished"] else resume(out, progress, jobs)
+
+
+def _resume(out: Path, progress: Progress | None, jobs: int) -> dict[str, Any]:
+    comparison, before = load(out)
+    job = _prepared(comparison, jobs)
+    for split in ("train", "validation"):
+        then, now = (found["data"].get(split, {}).get("sha256_of_rows") for found in (before, job))
+        if then != now:
+            raise ValueError(f"the {split} data is not what it was when {out} began: the table would mix two jobs")
+    done = finished(comparison, out)
+    for case in comparison.cases():
+        folder = out / "runs" / case.name
+        written = folder / "config.toml"
+        if case.key in done and written.is_file():
+            then_config = Config(**configs.read(written))
+            changed = [key for key in FIELDS if getattr(then_config, key) != getattr(case.config, key)]
+            if changed:
+                raise ValueError(
+                    f"{changed[0]} in {out / 'config.toml'} is not what it was when the run {case.name} was made: the "
+                    "table would mix two jobs; set it back, or begin anew with --out"
+                )
+        if case.key in done and (folder / "manifest.json").is_file():
+            _check_rows(case, _read(folder / "manifest.json").get("data", {}))
+    return _go(comparison, out, job, progress, jobs)
+
+
+def _check_rows(case: Case, then: Mapping[str, Any]) -> None:
+    """Refuse a finished run whose rows would be others now: a variant or a seed may have rows of its own."""
+    try:
+        splits = finetune.rows(case.config)
+    except ValueError:  # they cannot be read any more: nobody else will read others
+        return
+    for name, split in zip(("train", "validation"), splits, strict=True):
+        if then.get(name, {}).get("sha256_of_rows") not in (None, split.source["sha256_of_rows"]):
+            raise ValueError(
+                f"the {name} data of the run {case.name} is not what it was when it was made: the table would mix two "
+                "jobs; begin anew with --out"
+            )
+
+
+def load(out: Path) -> tuple[Comparison, dict[str, Any]]:
+    """The comparison in a folder, and its manifest, whose `results` are of the runs that are finished so far.
+
+    Raises:
+        ValueError: if `out` holds none.
+    """
+    if not (out / "config.toml").is_file() or not (out / "manifest.json").is_file():
+        raise ValueError(f"{out} holds no comparison: there is no config.toml with a manifest.json in it")
+    manifest = _read(out / "manifest.json")
+    if manifest.get("command") != "nanoadam compare":
+        raise ValueError(f"{out} holds no comparison, but a folder of {manifest.get('command', 'something else')}")
+    comparison = made(configs.read(out / "config.toml", {"compare": KEYS}))
+    return comparison, {**manifest, "results": _results(comparison, manifest, finished(comparison, out))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def made(keys: dict[str, Any]) -> Comparison:
+    """A comparison from the keys of a TOML file: those of a config and those of [compare]."""
+    own = {key: keys[key] for key in KEYS if key in keys}
+    chosen = variants(*(own.pop(key, None) for key in ("optimizers", "learning_rates", "variants")))
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+    return Comparison(Config(**{key: value for key, value in keys.items() if key not in KEYS}), chosen, **own)
+
+
+def finished(comparison: Comparison, out: Path) -> dict[Key, Outcome]:
+    """The outcomes that are on the disk, in the order of the cases; not those of runs that failed."""
+    lines = {_key(line): line for line in folders.read_lines(out / "metrics.jsonl")}
+    found = {}
+    for case in comparison.cases():
+        line = lines.get(case.key)
+        manifest = out / "runs" / case.name / "manifest.json"
+        if line is None and manifest.is_file():  # killed between the end of the run and its line
+            results = _read(manifest).get("results")
+            line = None if results is None else _outcome(case, results)
+        if line is not None and not line.get("failed"):
+            found[case.key] = line
+    return found
+
+
+def _key(line: Outcome) -> Key:
+    return line["variant"], line["learning_rate"], line["seed"]
+
+
+def _prepared(comparison: Comparison, jobs: int) -> dict[str, Any]:
+    """What the manifest says before the first run; refuses what no variant could run with."""
+    plain = dataclasses.replace(comparison.config, optimizer="adamw", optimizer_options=(), seed=comparison.seeds[0])
+    job = finetune.prepare(plain)
+    wrong: list[Exception] = []
+    for variant in comparison.variants:
+        config = next(case.config for case in comparison.cases() if case.variant == variant.name)
+        try:
+            optimizers.check(config)
+            if config.optimizer == "nanoadam":
+                optimizers.make(job.task.model, config, job.plan)
+        except ImportError as error:
+            wrong.append(error)
+        except (ValueError, TypeError) as error:
+            wrong.append(ValueError(f"variant {variant.name}: {error}"))
+    if len(wrong) == len(comparison.variants):  # otherwise the others run, and these say in the table why they cannot
+        raise wrong[0]
+    return {
+        "command": "nanoadam compare",
+        "kind": "comparison of variants of one job, each at its own learning rate",
+        "pseudocode": folders.PSEUDOCODE,
+        **folders.environment(runs_at_once=jobs),
+        "data": job.sources,
+        "metric": {"name": job.task.metric, "higher_is_better": job.task.higher_is_better},
+        "settings": dataclasses.asdict(comparison),
+        "seeds": list(comparison.seeds),
+        "results": None,
+    }
+
+
+def _go(
+    comparison: Comparison, out: Path, manifest: dict[str, Any], progress: Progress | None, jobs: int
+) -> dict[str, Any]:
+    tell = progress or (lambda what, done, total: None)
+    done = finished(comparison, out)
+    cases = [case for case in comparison.cases() if case.key not in done]
+    total = len(done) + len(cases)
+    known = {_key(line) for line in folders.read_lines(out / "metrics.jsonl")}
+    for key, outcome in done.items():
+        if key not in known:
+            folders.append(out / "metrics.jsonl", outcome)
+    tasks = [_Task(case, out / "runs" / case.name, manifest["metric"]["name"]) for case in cases]
+    for _, outcome in pool.each(_one, tasks, jobs, _lost, lambda task: tell(str(task.case), len(done), total)):
+        folders.append(out / "metrics.jsonl", outcome)
+        done[_key(outcome)] = outcome
+    tell("done", total, total)
+    results = _results(comparison, manifest, done)
+    manifest = {**manifest, "results": results}
+    page = tables.page(f"compare: {comparison.config.task}", _lead(comparison), manifest)
+    folders.write(out / "report.html", page)
+    folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return results
+
+
+def _results(comparison: Comparison, manifest: dict[str, Any], done: Mapping[Key, Outcome]) -> dict[str, Any]:
+    cases = comparison.cases()
+    outcomes = [done[case.key] for case in cases if case.key in done]
+    better = manifest["metric"]["higher_is_better"]
+    return {
+        "metric": manifest["metric"]["name"],
+        "higher_is_better": better,
+        "learning_rate_choice": CHOICE,
+        "runs_at_once": manifest["hardware"]["runs_at_once"],
+        "unfinished": len(cases) - len(outcomes),
+        "table": tables.table(outcomes, better),
+        "limits": optimizers.limits(dict.fromkeys(case.config.optimizer for case in cases)),
+        "runs": outcomes,
+    }
+
+
+def _lead(comparison: Comparison) -> str:
+    config = comparison.config
+    grids = "; ".join(f"{v.name}: {', '.join(f'{lr:g}' for lr in v.learning_rates)}" for v in comparison.variants)
+    return (
+        f"{config.model}, {config.task} on {config.train}, seeds {', '.join(map(str, comparison.seeds))}: mean ± "
+        f"standard deviation over them. Learning rate of each variant: {CHOICE}, from its grid ({grids})."
+    )
+
+
+# One run, in whatever process -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A case, the folder of its run, and which metric counts."""
+
+    case: Case
+    out: Path
+    metric: str
+
+
+def _one(task: _Task) -> Outcome:
+    """One run's line: its key, and its results or why it has none."""
+    case, out = task.case, task.out
+    finetune.quiet()
+    gc.collect()  # the model of the run before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was not finished
+    try:
+        return _outcome(case, {**finetune.run(case.config, out), "metric": task.metric})
+    except finetune.Diverged as error:
+        return {**_outcome(case, None), "stopped": str(error)}
+    except Exception as error:  # libraries raise what they like: the other runs are to go on
+        with contextlib.suppress(OSError):  # the disk may be full
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "error.txt").write_text(traceback.format_exc())
+        reason = next(iter(str(error).strip().splitlines()), "")
+        what = reason if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {reason}"
+        return {**_outcome(case, None), "stopped": what, "failed": True}
+
+
+def _lost(task: _Task, why: str) -> Outcome:
+    return {**_outcome(task.case, None), "stopped": why, "failed": True}
+
+
+def _outcome(case: Case, results: dict[str, Any] | None) -> Outcome:
+    variant, learning_rate, seed = case.key
+    key: Outcome = {
+        "variant": variant,
+        "optimizer": case.config.optimizer,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "metric": None,
+    }
+    if results is None:
+        return key
+    found = {
+        **key,
+        "metric": results["final"][results["metric"]],
+        "final": results["final"],
+        "steps": results["steps"],
+        **{f"memory_{kind}": count for kind, count in results["memory"].items()},
+        **{name: results[name] for name in ("seconds_per_step", "touched", "l2_moved", "retained")},
+    }
+    if results["retained"]:
+        found["forgetting"] = next(iter(results["retained"].values()))["forgetting"]
+    return found

@@ -1,0 +1,151 @@
+"""What a comparison came to: the table, its lines as text, its page."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from nanoadam.finetuning import optimizers
+from nanoadam.reports.page import render
+from nanoadam.text import size
+
+CHOICE = "best mean of the validation metric over the seeds"
+
+Outcome = dict[str, Any]
+"""One run's line: variant, optimizer, learning_rate, seed, metric (None if it has none, and `stopped` says why), ..."""
+
+# The rows of the table: key of an outcome, what it says, unit.
+ROWS: tuple[tuple[str, str, str], ...] = (
+    ("memory_weights", "memory: weights", "B"),
+    ("memory_gradients", "memory: gradients", "B"),
+    ("memory_state", "memory: optimizer state", "B"),
+    ("memory_rest", "memory: rest", "B"),
+    ("memory_peak", "memory: peak", "B"),
+    ("seconds_per_step", "time per step", "s"),
+    ("touched", "weights moved", "%"),
+    ("l2_moved", "l2 distance moved", ""),
+)
+
+
+RETAINED = ("before", "after", "forgetting")
+
+
+def table(outcomes: Sequence[Outcome], higher_is_better: bool) -> list[dict[str, Any]]:
+    """One entry per variant at its chosen rate: `{"variant", "optimizer", "learning_rate", <key>: {"mean", "std"}}`.
+
+    A rate at which a run has no finite metric is not chosen. A variant without any other has a learning rate of
+    None, and `stopped` holds the reasons. With one seed there is no deviation.
+    """
+    sign = 1 if higher_is_better else -1
+    rows = []
+    for name in dict.fromkeys(o["variant"] for o in outcomes):
+        own = [o for o in outcomes if o["variant"] == name]
+        row: dict[str, Any] = {"variant": name, "optimizer": own[0]["optimizer"]}
+
+        def merit(lr: float, own: list[Outcome] = own) -> float:
+            values = [o["metric"] for o in own if o["learning_rate"] == lr]
+            good = all(value is not None and math.isfinite(value) for value in values)
+            return sign * statistics.mean(values) if good else -math.inf
+
+        best = max(dict.fromkeys(o["learning_rate"] for o in own), key=merit)
+        if merit(best) == -math.inf:
+            reasons = dict.fromkeys(o["stopped"] for o in own if o.get("stopped"))
+            rows.append({**row, "learning_rate": None, "stopped": list(reasons)})
+            continue
+        chosen = [o for o in own if o["learning_rate"] == best]
+        keys = [key for key in ("metric", "forgetting", *(key for key, _, _ in ROWS)) if all(key in o for o in chosen)]
+        spreads = {key: _spread([float(o[key]) for o in chosen]) for key in keys}
+        retained = {
+            label: {key: _spread([o["retained"][label][key] for o in chosen]) for key in RETAINED}
+            for label in chosen[0].get("retained") or {}
+        }
+        rows.append({**row, "learning_rate": best, "runs": len(chosen), **spreads, "retained": retained})
+    return rows
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table as text, the head first: one column per variant."""
+    rows = results["table"]
+    text: list[tuple[str, ...]] = [("", *(row["variant"] for row in rows))]
+    text.append(("learning rate (chosen)", *("none" if r["learning_rate"] is None else f"{r['learning_rate']:g}"
+                                             for r in rows)))  # fmt: skip
+    for key, label, unit in (("metric", results["metric"], ""), *ROWS):
+        if any(key in row for row in rows):
+            shared = results["runs_at_once"] if key == "seconds_per_step" else 1
+            said = label if shared == 1 else f"{label} ({shared} runs at once)"
+            text.append((said, *(_cell(row.get(key), unit) for row in rows)))
+    for label in dict.fromkeys(label for row in rows for label in row.get("retained", ())):
+        for key in RETAINED:
+            cells = (_cell(row.get("retained", {}).get(label, {}).get(key), "") for row in rows)
+            text.append((f"{label}, {key}", *cells))
+    return text
+
+
+def foot(results: dict[str, Any]) -> list[str]:
+    """What stands under the table: why a variant has no result, and what optimizers cannot do, or do otherwise."""
+    stopped = [f"{row['variant']} has no result: {'; '.join(row['stopped'])}" for row in results["table"]
+               if row["learning_rate"] is None]  # fmt: skip
+    if results["unfinished"]:
+        stopped.insert(0, f"{results['unfinished']} runs are not finished")
+    if any(row.get("retained") for row in results["table"]):
+        stopped.append("forgetting is before - after, of a loss after - before: positive where it has become worse")
+    return stopped + optimizers.limit_lines(results["limits"])
+
+
+def _cell(spread: dict[str, float | None] | None, unit: str) -> str:
+    if spread is None:
+        return "-"
+    scale = 100 if unit == "%" else 1
+    parts = [value for value in (spread["mean"], spread["std"]) if value is not None]
+    if unit == "B":
+        return " ± ".join(size(value) for value in parts if value)
+    return " ± ".join(f"{scale * value:.4g}" for value in parts) + (f" {unit}" if unit else "")
+
+
+def page(title: str, lead: str, manifest: dict[str, Any]) -> str:
+    """One HTML file that needs no other, from a manifest with its results."""
+    results = manifest["results"]
+    short = {**manifest, "results": {key: value for key, value in results.items() if key != "runs"}}
+    return render(title, lead, lines(results), [_rates(results), _memory(results)], short, foot(results))
+
+
+def _rates(results: dict[str, Any]) -> Figure:
+    """The metric, and what was forgotten where that was measured, over learning rates."""
+    keys = ["metric"] + ["forgetting"] * any("forgetting" in run for run in results["runs"])
+    figure = Figure(figsize=(4 * len(keys) + 2, 3.2), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for name in dict.fromkeys(one["variant"] for one in results["runs"]):
+            found: dict[float, list[float]] = {}
+            for one in results["runs"]:
+                if one["variant"] == name and one.get(key) is not None:
+                    found.setdefault(one["learning_rate"], []).append(one[key])
+            axes.plot(list(found), [statistics.mean(values) for values in found.values()], "o-", ms=4, lw=1, label=name)
+        label = results["metric"] if key == "metric" else key
+        axes.set(xscale="log", xlabel="learning rate", ylabel=label, title=f"{label}, mean over seeds")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _memory(results: dict[str, Any]) -> Figure:
+    rows = [row for row in results["table"] if row["learning_rate"] is not None]
+    figure = Figure(figsize=(7, 1 + 0.5 * max(1, len(rows))), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(rows)
+    for kind in ("weights", "gradients", "state", "rest"):
+        if rows and all(f"memory_{kind}" in row for row in rows):
+            widths = [row[f"memory_{kind}"]["mean"] / 1e6 for row in rows]
+            axes.barh([row["variant"] for row in rows], widths, left=left, label=kind)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(xlabel="MB (1e6 bytes)", title="Memory by kind")
+    axes.invert_yaxis()
+    if axes.patches:
+        axes.legend(fontsize=8)
+    return figure

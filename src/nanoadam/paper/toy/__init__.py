@@ -1,0 +1,1 @@
+"""The teacher and the student of section 2.3."""
