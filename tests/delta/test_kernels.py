@@ -51,7 +51,7 @@ def jobs(device, generator, dtype, kind, *, coded=True):
             count = positions.numel()
             parts = {"positions": positions.to(torch.int32), "values": noise(dtype, (count,), generator)}
         entry = delta.Entry(f"w{len(made)}", kind, dtype, shape, parts, count).to(device)
-        made.append(ops.Job(entry.coded() if coded else entry, weight))
+        made.append(ops.Job(ops.coded(entry) if coded else entry, weight))
     return made
 
 
@@ -78,7 +78,7 @@ def test_int64_positions_and_many_low_bits(device, generator, monkeypatch):
     positions = torch.tensor([0, 5, 70_000, 131_071], device=device)
     entry = delta.Entry("w", "sparse", torch.int8, (1 << 17,), {"positions": positions, "values": weight[:4] ^ 1}, 4)
     monkeypatch.setattr(coding, "low_bits", lambda count, numel: 13)
-    for given in (entry, entry.coded()):
+    for given in (entry, ops.coded(entry)):
         mine, theirs = (ops.Job(given, weight.clone()) for _ in range(2))
         assert triton.inspect([mine])[0].change == reference.inspect([theirs])[0].change
         triton.write([mine], [entry.values])

@@ -16,10 +16,11 @@ docs/delta-format.md describes the file.
 from nanoadam.delta.applying import applied, apply, revert
 from nanoadam.delta.composing import compose
 from nanoadam.delta.diffing import diff
+from nanoadam.delta.entry import Entry
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.format import FILE
 from nanoadam.delta.inspecting import Verdict, info, verify
-from nanoadam.delta.patch import Entry, Patch
+from nanoadam.delta.patch import Patch
 
 __all__ = [
     "FILE",

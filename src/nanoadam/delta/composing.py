@@ -9,11 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nanoadam.delta import ops
 from nanoadam.delta.bits import flat
 from nanoadam.delta.diffing import name_key, versions
+from nanoadam.delta.entry import Entry
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.hashing import signed
-from nanoadam.delta.patch import Entry, Patch, as_patch
+from nanoadam.delta.patch import Patch, as_patch
 
 
 def compose(first: Patch | str | os.PathLike[str], second: Patch | str | os.PathLike[str]) -> Patch:
@@ -119,7 +121,7 @@ def _merge(a: Entry, b: Entry) -> tuple[Entry, int]:
     values = torch.cat([flat(a.values), flat(b.values)])[order].view(a.dtype)
     kept = positions.to(torch.int32) if a.numel < 2**31 else positions
     merged = replace(a, kind="sparse", parts={"values": values, "positions": kept}, count=kept.numel(), bits=0)
-    return merged.coded(), overlap
+    return ops.coded(merged), overlap
 
 
 def _union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:

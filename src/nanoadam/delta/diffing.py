@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,14 +18,12 @@ from nanoadam.delta import format as formats
 from nanoadam.delta import ops
 from nanoadam.delta.bits import flat, nbytes
 from nanoadam.delta.coding import low_bits
+from nanoadam.delta.entry import Entry
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.files import Source, memory
 from nanoadam.delta.hashing import signed
-from nanoadam.delta.patch import Entry, Patch
-from nanoadam.delta.sources import Memory, Tensors, tensors_of
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are done and those that there are."""
+from nanoadam.delta.patch import Patch
+from nanoadam.delta.sources import Memory, Progress, Tensors, tensors_of
 
 _PIECE = 1 << 24
 """Weights compared at a time."""
@@ -179,7 +177,7 @@ def compare(name: str, before: Tensor, after: Tensor) -> Entry | int:
         return replace(entry, parts={"values": values, "columns": columns.to(torch.int32)}, count=values.numel())
     positions = ops.backend(after.device).changed(before, after)
     values = now[positions.to(torch.int64)].view(after.dtype)
-    return replace(entry, parts={"values": values, "positions": positions}).coded()
+    return ops.coded(replace(entry, parts={"values": values, "positions": positions}))
 
 
 def _kind(old: Tensor, now: Tensor, count: int, tensor: Tensor) -> tuple[str, Tensor | None]:
@@ -225,13 +223,13 @@ def _stream(patch: Patch, compared: Iterable[tuple[str, Entry | int]], out: Path
         def kept() -> Iterator[tuple[str, Entry | int]]:
             for name, found in compared:
                 if isinstance(found, Entry):
-                    entry = found.coded()
+                    entry = ops.coded(found)
                     sources.extend(_set_aside(source, spool) for source in formats.sources_of(entry))
                     found = replace(entry, parts={})
                 yield name, found
 
         described = _collect(patch, kept())
-        formats.write(out, described, described.values(), sources)
+        formats.write(out, described.about(), described.values(), sources)
 
 
 def _spool(out: Path) -> BinaryIO:

@@ -13,14 +13,14 @@ from pathlib import Path
 from torch import Tensor
 
 from nanoadam.delta import files, ops
-from nanoadam.delta.applying import between, check_form, check_result, check_whole, refuse_wrong
 from nanoadam.delta.bits import dtype_name
-from nanoadam.delta.diffing import Progress
+from nanoadam.delta.checks import between, check_form, check_result, check_whole, refuse_wrong
+from nanoadam.delta.entry import Entry, check_values
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.files import SafeFile, Source
-from nanoadam.delta.ops import Job
-from nanoadam.delta.patch import Entry, Patch, as_patch, check_values
-from nanoadam.delta.sources import INDEX, SINGLE, Files
+from nanoadam.delta.jobs import Job
+from nanoadam.delta.patch import Patch, as_patch
+from nanoadam.delta.sources import INDEX, SINGLE, Files, Progress
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 """Files of a model's folder that are not copied: its weights, in whatever form."""

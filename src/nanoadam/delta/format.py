@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nanoadam.delta import coding, files
 from nanoadam.delta.bits import DTYPES, dtype_name
+from nanoadam.delta.entry import KINDS, Entry
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.files import SafeFile, Source
 from nanoadam.delta.hashing import as_hex
-from nanoadam.delta.patch import KINDS, Entry, Patch
 
 FILE = "delta.safetensors"
 """The name of a patch in a folder."""
@@ -50,11 +50,15 @@ _ENTRY: dict[str, type | tuple[type, ...]] = {
 # Writing
 
 
-def save(patch: Patch, path: str | os.PathLike[str]) -> None:
-    """As `Patch.save`."""
-    entries = [entry.coded() for entry in patch.values()]
-    sources = [source for entry in entries for source in sources_of(entry)]
-    write(path, patch, entries, sources)
+@dataclass(frozen=True)
+class About:
+    """What a file says besides its entries; the fields are those of `Patch`."""
+
+    base: str
+    prefix: str
+    removed: tuple[str, ...]
+    untouched: Tensor | None
+    notes: Mapping[str, str]
 
 
 def sources_of(entry: Entry) -> list[Source]:
@@ -68,30 +72,33 @@ def _source(name: str, tensor: Tensor) -> Source:
     )
 
 
-def write(path: str | os.PathLike[str], patch: Patch, entries: Iterable[Entry], sources: Iterable[Source]) -> None:
+def write(path: str | os.PathLike[str], about: About, entries: Iterable[Entry], sources: Iterable[Source]) -> None:
     """Write a patch whose parts may lie elsewhere.
 
     Args:
         path: replaced if it exists.
-        patch: everything but its entries.
-        entries: of them all but `parts`.
+        about: everything but the entries.
+        entries: coded; of them all but `parts`.
         sources: the parts.
+
+    Raises:
+        DeltaError: if it cannot be written.
     """
     text = json.dumps(
         {
             "version": VERSION,
-            "base": patch.base,
-            "prefix": patch.prefix,
-            "removed": list(patch.removed),
-            "notes": dict(patch.notes),
+            "base": about.base,
+            "prefix": about.prefix,
+            "removed": list(about.removed),
+            "notes": dict(about.notes),
             "entries": [_describe(entry) for entry in entries],
         },
         separators=(",", ":"),
         ensure_ascii=False,
     )
     sources = list(sources)
-    if patch.untouched is not None and patch.untouched.numel():
-        sources.append(_source(UNTOUCHED, patch.untouched))
+    if about.untouched is not None and about.untouched.numel():
+        sources.append(_source(UNTOUCHED, about.untouched))
     files.write(path, sources, {"format": "pt", KEY: text}, seal=True)
 
 
@@ -133,12 +140,13 @@ class _Parts(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-class _Entries(dict[str, Entry]):
+class Entries(dict[str, Entry]):
     """Entries that lie in a file; they go to a device in one piece."""
 
     file: SafeFile
 
     def to(self, device: torch.device | str) -> dict[str, Entry]:
+        """All of them, read and sent at once."""
         content = self.file.everything().to(device)
         return {
             name: replace(entry, parts={part: self._part(content, f"{name}#{part}") for part in entry.parts})
@@ -150,14 +158,14 @@ class _Entries(dict[str, Entry]):
         return files.view(content[item.begin : item.end], item, name)
 
 
-def load(path: str | os.PathLike[str], *, verify: bool = True) -> Patch:
+def read(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[About, Entries]:
     """As `Patch.load`."""
     path = Path(path)
     file = SafeFile(path / FILE if path.is_dir() else path)
     if verify and KEY in file.metadata:
         file.check_seal()
     fields = _metadata(file)
-    entries = _Entries()
+    entries = Entries()
     entries.file = file
     for given in fields["entries"]:
         entry = _entry(file, given)
@@ -168,9 +176,8 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Patch:
     strange = sorted(set(file.items) - expected - {UNTOUCHED, files.SEAL})
     if strange:
         raise _damaged(file, f"it holds {strange[0]!r}, which belongs to no tensor")
-    return Patch(
-        entries, fields["base"], fields["prefix"], tuple(fields["removed"]), _untouched(file), dict(fields["notes"])
-    )
+    about = About(fields["base"], fields["prefix"], tuple(fields["removed"]), _untouched(file), dict(fields["notes"]))
+    return about, entries
 
 
 def _damaged(file: SafeFile, what: str) -> DeltaError:

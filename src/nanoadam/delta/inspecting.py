@@ -8,10 +8,11 @@ from typing import Any
 
 from nanoadam.delta import ops
 from nanoadam.delta.bits import NAMES
-from nanoadam.delta.diffing import Progress, name_key
+from nanoadam.delta.diffing import name_key
+from nanoadam.delta.entry import KINDS, Entry
 from nanoadam.delta.hashing import as_hex, signed
-from nanoadam.delta.patch import KINDS, Entry, Patch, as_patch
-from nanoadam.delta.sources import Tensors, tensors_of
+from nanoadam.delta.patch import Patch, as_patch
+from nanoadam.delta.sources import Progress, Tensors, tensors_of
 
 
 def info(patch: Patch | str | os.PathLike[str]) -> dict[str, Any]:

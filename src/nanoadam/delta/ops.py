@@ -7,32 +7,15 @@ for a list of tensors. `NANOADAM_BACKEND=reference|triton` forces one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from nanoadam.chunks import Layout
 from nanoadam.delta.coding import Coded
-from nanoadam.delta.patch import Entry
-
-
-@dataclass(eq=False)
-class Job:
-    """A sparse or columns entry, and the tensor that it is for: same dtype, shape and device."""
-
-    entry: Entry
-    weight: Tensor
-    cache: dict[str, Any] = field(default_factory=dict)  # for an implementation's own use between inspect and write
-
-
-@dataclass(frozen=True)
-class Found:
-    """What an entry found: the weights as they are (of its values' shape), and what it would do to the hash."""
-
-    old: Tensor
-    change: int
+from nanoadam.delta.entry import Entry
+from nanoadam.delta.jobs import Found, Job
 
 
 class Backend(Protocol):
@@ -120,3 +103,10 @@ def write(jobs: Sequence[Job], values: Sequence[Tensor]) -> None:
         return [None] * len(mine)
 
     _by_device(jobs, lambda job: job.weight.device, work)
+
+
+def coded(entry: Entry) -> Entry:
+    """The entry with its positions coded, as files hold them."""
+    if entry.kind != "sparse" or entry.is_coded:
+        return entry
+    return entry.with_code(backend(entry.values.device).encode(entry.parts["positions"], entry.numel))

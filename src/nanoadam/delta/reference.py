@@ -12,7 +12,7 @@ from nanoadam.delta import coding
 from nanoadam.delta.bits import bits, extent, flat, offsets
 from nanoadam.delta.coding import Coded
 from nanoadam.delta.hashing import hash_change, hash_tensor, total
-from nanoadam.delta.ops import Found, Job
+from nanoadam.delta.jobs import Found, Job
 from nanoadam.ops.reference import positions as of_index
 
 _PIECE = 1 << 24

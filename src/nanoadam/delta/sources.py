@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from nanoadam.delta.bits import DTYPES
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.files import SafeFile
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is: bytes, where nothing else is said."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

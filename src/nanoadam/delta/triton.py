@@ -18,7 +18,7 @@ from nanoadam.delta import coding, kernels, reference
 from nanoadam.delta.bits import flat
 from nanoadam.delta.coding import Coded
 from nanoadam.delta.hashing import hash_tensor, tail, total, within
-from nanoadam.delta.ops import Found, Job
+from nanoadam.delta.jobs import Found, Job
 from nanoadam.ops.tables import block_rows, on, partition, upload
 
 PARTS = 32
