@@ -11,7 +11,7 @@ from nanoadam.delta import kernels
 
 NUMBERS = {"numel": "i64", "count": "i64", "bits": "i32", "low_size": "i64"}
 POINTERS = dict.fromkeys(("table", "within", "out", "changes", "starts", "sizes", "blocks"), "*i64")
-POINTERS |= {"block_rows": "*i32", "damaged": "*i32", "counts": "*i32", "positions": "*i32"}
+POINTERS |= {"block_rows": "*i32", "damaged": "*i32", "empty": "*i32", "counts": "*i32", "positions": "*i32"}
 POINTERS |= {"before": "*i16", "after": "*i16", "gaps": "*u8", "low": "*u8"}
 
 CASES = [

@@ -21,12 +21,14 @@ from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.format import FILE
 from nanoadam.delta.inspecting import Verdict, info, verify
 from nanoadam.delta.patch import Patch
+from nanoadam.delta.recorder import Recorder
 
 __all__ = [
     "FILE",
     "DeltaError",
     "Entry",
     "Patch",
+    "Recorder",
     "Verdict",
     "applied",
     "apply",

@@ -363,18 +363,22 @@ C_FIELDS = tl.constexpr(11)
 
 
 @triton.jit
-def collect(table, block_rows, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Row-major positions (int32) and values of selected weights, from their indices within chunks (chunks.py)."""
+def collect(table, block_rows, empty, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Row-major positions (int32) and values of selected weights, from their indices within chunks (chunks.py).
+
+    empty: int32, one a program: places whose index is -1.
+    """
     program = tl.program_id(0)
     row = table + tl.load(block_rows + program) * C_FIELDS
     entry = (program - tl.load(row + C_FIRST)).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     known = entry < tl.load(row + C_SELECTED).to(tl.int32)
     index = tl.load(tl.load(row + C_INDEX).to(tl.pointer_type(tl.int16)) + entry, mask=known, other=0).to(tl.int32)
     kept = tl.load(row + C_KEPT_PER_LINE).to(tl.int32)
+    tl.store(empty + program, tl.sum((known & (index < 0)).to(tl.int32), 0))
     line = entry // kept
     within = entry - line * kept
     chunk = tl.minimum(within // tl.maximum(tl.load(row + C_KEEP).to(tl.int32), 1), tl.load(row + C_FULL).to(tl.int32))
     position = line * tl.load(row + C_LINE).to(tl.int32) + chunk * tl.load(row + C_CHUNK).to(tl.int32) + index
-    value = tl.load(tl.load(row + C_WEIGHT).to(tl.pointer_type(TYPE)) + position, mask=known, other=0)
+    value = tl.load(tl.load(row + C_WEIGHT).to(tl.pointer_type(TYPE)) + position, mask=known & (index >= 0), other=0)
     tl.store(tl.load(row + C_POSITIONS).to(tl.pointer_type(tl.int32)) + entry, position, mask=known)
     tl.store(tl.load(row + C_VALUES).to(tl.pointer_type(TYPE)) + entry, value, mask=known)

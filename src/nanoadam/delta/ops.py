@@ -43,10 +43,7 @@ class Backend(Protocol):
     def collect(
         self, weights: Sequence[Tensor], indices: Sequence[Tensor], layouts: Sequence[Layout]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Positions (as `changed`) and values of selected weights, from their indices within chunks (int16).
-
-        The kernels want every place to be taken: no index is -1.
-        """
+        """Positions (as `changed`) and values of selected weights, from their indices within chunks; -1 is none."""
 
 
 def backend(device: torch.device) -> Backend:

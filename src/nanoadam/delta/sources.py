@@ -89,6 +89,10 @@ class Memory(Tensors):
         """As `Tensors.tensor`."""
         return self._tensors[name].detach()
 
+    def own(self, name: str) -> Tensor:
+        """The model's own object."""
+        return self._tensors[name]
+
 
 def _check_plain(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":

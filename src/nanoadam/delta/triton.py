@@ -220,6 +220,7 @@ def collect(
     weights: Sequence[Tensor], indices: Sequence[Tensor], layouts: Sequence[Layout]
 ) -> list[tuple[Tensor, Tensor]]:
     found: dict[int, tuple[Tensor, Tensor]] = {}
+    others: list[int] = []
 
     def kind(i: int) -> Any:
         small = weights[i].numel() < 2**31 and weights[i].is_contiguous()
@@ -227,16 +228,19 @@ def collect(
 
     for dtype, places in partition(range(len(weights)), kind):
         if dtype is None:
-            mine = ([each[i] for i in places] for each in (weights, indices, layouts))
-            found.update(zip(places, reference.collect(*mine), strict=True))
+            others += places
             continue
-        found.update(zip(places, _collect(weights, indices, layouts, places), strict=True))
+        collected, empty = _collect(weights, indices, layouts, places)
+        found.update(zip(places, collected, strict=True))
+        others += [i for i, count in zip(places, empty.tolist(), strict=True) if count]  # -1: no weight lies there
+    rest = reference.collect([weights[i] for i in others], [indices[i] for i in others], [layouts[i] for i in others])
+    found.update(zip(others, rest, strict=True))
     return [found[i] for i in range(len(weights))]
 
 
 def _collect(
     weights: Sequence[Tensor], indices: Sequence[Tensor], layouts: Sequence[Layout], places: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     dtype, device = weights[places[0]].dtype, weights[places[0]].device
     counts = [layouts[i].selected for i in places]
     positions = torch.empty(sum(counts), dtype=torch.int32, device=device).split(counts)
@@ -245,23 +249,11 @@ def _collect(
     rows = []
     for n, (i, first) in enumerate(zip(places, _running(blocks), strict=True)):
         lay = layouts[i]
-        rows.append(
-            [
-                indices[i].data_ptr(),
-                weights[i].data_ptr(),
-                positions[n].data_ptr(),
-                values[n].data_ptr(),
-                lay.line,
-                lay.chunk,
-                lay.full,
-                lay.keep,
-                lay.kept_per_line,
-                lay.selected,
-                first,
-            ]
-        )
+        addresses = [each.data_ptr() for each in (indices[i], weights[i], positions[n], values[n])]
+        rows.append([*addresses, lay.line, lay.chunk, lay.full, lay.keep, lay.kept_per_line, lay.selected, first])
+    empty = torch.empty(sum(blocks), dtype=torch.int32, device=device)
     with on(device):
         kernels.collect[(sum(blocks),)](
-            upload(rows, device), block_rows(tuple(blocks), device), TYPE=_TYPES[dtype.itemsize], BLOCK=BLOCK
+            upload(rows, device), block_rows(tuple(blocks), device), empty, TYPE=_TYPES[dtype.itemsize], BLOCK=BLOCK
         )
-    return list(zip(positions, values, strict=True))
+    return list(zip(positions, values, strict=True)), _segments(empty, blocks)

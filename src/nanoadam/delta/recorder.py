@@ -1,0 +1,236 @@
+"""Recorder: the patch of each step, or of many, from what the optimizer has selected, without a copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanoadam.chunks import Layout, layout
+from nanoadam.delta import ops
+from nanoadam.delta.bits import extent, offsets
+from nanoadam.delta.diffing import versions
+from nanoadam.delta.entry import Entry
+from nanoadam.delta.errors import DeltaError
+from nanoadam.delta.patch import Patch
+from nanoadam.delta.sources import Memory, tensors_of
+from nanoadam.optimizer import NanoAdam
+
+
+class Recorder:
+    """Yields the patch from the last call to this one: whatever the optimizer may have moved, and nothing else.
+
+    It keeps a hash of each tensor, and of weights that were selected before a refresh where they lie (2 bytes each, at
+    most one bit for every weight of the tensor): no copy of the base. Patches applied one after the other make the
+    trainer's weights, bit for bit.
+
+    What may move: weights that were selected in a step since the last call; dense tensors and buffers, which are
+    held whole where their hash has changed. What others do to selected weights (loading a checkpoint, averaging) is
+    not seen by it: call `reseed` afterwards.
+
+    Args:
+        model: the model that is trained.
+        optimizer: its NanoAdam.
+        base: the name of the base model, for people.
+        verify: hash every tensor that is sent, before and after, so that whoever applies the patch notices a wrong
+            base. Without it dense tensors and buffers are sent at every call.
+
+    Raises:
+        DeltaError: if the optimizer is no NanoAdam, or holds parameters that are not the model's.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, *, base: str = "", verify: bool = True) -> None:
+        if not isinstance(optimizer, NanoAdam):
+            raise DeltaError(
+                f"a Recorder goes by what NanoAdam has selected, got {type(optimizer).__name__}: use delta.diff"
+            )
+        self.model, self.optimizer, self.base, self.verify = model, optimizer, base, verify
+        self._touched: dict[Tensor, _Touched] = {}
+        self._hashes: dict[str, int] = {}
+        self._unknown: set[str] = set()
+        self._handles = [
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self.reseed()),
+        ]
+        self._check()
+        self._forget()
+        if verify:
+            tensors = self._tensors()
+            moving = self._sort(tensors)
+            names = [*moving.selected, *moving.whole]
+            self._hashes = dict(zip(names, ops.hash_all([tensors.tensor(name) for name in names]), strict=True))
+
+    def close(self) -> None:
+        """Stop watching the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def reseed(self) -> None:
+        """Have the next patch hold every tensor whole, whatever its receiver has.
+
+        For weights that were changed by others than the optimizer, and for receivers that have missed a patch.
+        """
+        self._unknown = set(self._tensors().names())
+
+    @torch.no_grad()
+    def patch(self, *, reset: bool = True) -> Patch:
+        """What has moved since the last call, on the model's devices.
+
+        Args:
+            reset: begin anew. Without it the next patch starts where this one did.
+
+        Raises:
+            DeltaError: if the model holds something that is not served.
+        """
+        tensors = self._tensors()
+        moving = self._sort(tensors)
+        places = self._places(moving.selected)
+        sent = [*places, *moving.whole, *sorted(self._unknown - set(places) - set(moving.whole))]
+        hashes: Mapping[str, int | None] = dict.fromkeys(sent)
+        if self.verify:
+            hashes = dict(zip(sent, ops.hash_all([tensors.tensor(name) for name in sent]), strict=True))
+        entries = {}
+        for name in sent:
+            before, after = self._hashes.get(name), hashes[name]
+            if after is not None and before == after and name not in self._unknown:
+                continue
+            given = places.get(name) if name not in self._unknown else None
+            base = None if name in self._unknown else before
+            entries[name] = _entry(name, tensors, given, base, after)
+        if reset:
+            self._forget()
+            self._hashes |= {name: value for name, value in hashes.items() if value is not None}
+            self._unknown = set()
+        return Patch(entries, base=self.base, notes=versions())
+
+    # What may have moved
+
+    def _tensors(self) -> Memory:
+        tensors = tensors_of(self.model)
+        assert isinstance(tensors, Memory)
+        return tensors
+
+    def _check(self) -> None:
+        own = {id(parameter) for parameter in self.model.parameters()}
+        strange = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]
+        if strange:
+            raise DeltaError(
+                f"the optimizer holds a parameter of shape {list(strange[0].shape)} that is not the model's: give the "
+                "Recorder the model that is trained"
+            )
+
+    def _sort(self, tensors: Memory) -> _Moving:
+        """The tensors of the model by how they may move; frozen ones do not."""
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        moving = _Moving()
+        for name in tensors.names():
+            tensor = tensors.own(name)
+            group = group_of.get(id(tensor))
+            if group is not None and tensor.requires_grad and "index" in self.optimizer.state.get(tensor, {}):
+                moving.selected[name] = tensor
+            elif not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+                moving.whole.append(name)
+        return moving
+
+    def _forget(self) -> None:
+        self._touched.clear()
+        self._seen: list[int | None] = [None] * len(self.optimizer.param_groups)
+
+    def _after_step(self) -> None:
+        """Note a selection that a step has used for the first time since the last call."""
+        for i, group in enumerate(self.optimizer.param_groups):
+            if i >= len(self._seen):
+                self._seen.append(None)
+            if self._seen[i] == group["refreshed_at"]:
+                continue
+            self._seen[i] = group["refreshed_at"]
+            for parameter in group["params"]:
+                index = self.optimizer.state.get(parameter, {}).get("index")
+                if index is not None and parameter.requires_grad:
+                    lay = layout(parameter.shape, group["active_density"])
+                    self._touched.setdefault(parameter, _Touched()).add(index.clone(), lay, parameter)
+
+    def _places(self, selected: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Positions that may have moved, and the values there, by name."""
+        touched = {name: self._touched[p] for name, p in selected.items() if p in self._touched}
+        single = [name for name, each in touched.items() if each.mask is None and len(each.selections) == 1]
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        by_device: dict[torch.device, list[str]] = {}
+        for name in single:
+            by_device.setdefault(selected[name].device, []).append(name)
+        for device, names in by_device.items():
+            weights = [selected[name].detach() for name in names]
+            indices, layouts = zip(*(touched[name].selections[0] for name in names), strict=True)
+            found.update(zip(names, ops.backend(device).collect(weights, indices, layouts), strict=True))
+        for name in touched.keys() - found.keys():
+            weight = selected[name].detach()
+            positions = touched[name].positions(weight)
+            found[name] = positions, extent(weight)[offsets(positions.to(torch.int64), weight)].view(weight.dtype)
+        return {name: found[name] for name in selected if name in found}
+
+
+@dataclass
+class _Moving:
+    selected: dict[str, Tensor] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Touched:
+    """Weights of a tensor that steps have moved: selections while they are few, one bit a weight when they are many."""
+
+    selections: list[tuple[Tensor, Layout]] = field(default_factory=list)
+    mask: Tensor | None = None  # uint8 [ceil(numel / 8)]
+
+    def add(self, index: Tensor, lay: Layout, weight: Tensor) -> None:
+        """Note a selection; one alone is kept as it is, since it needs no list of its own to be sent."""
+        self.selections.append((index, lay))
+        several = len(self.selections) > 1 or self.mask is not None
+        if several and sum(kept.nbytes for kept, _ in self.selections) > lay.numel // 8:
+            self.mask, self.selections = _pack(self._marks(weight)), []
+
+    def _marks(self, weight: Tensor) -> Tensor:
+        """Bool [numel]."""
+        numel = weight.numel()
+        marks = torch.zeros(numel, dtype=torch.bool, device=weight.device)
+        if self.mask is not None:
+            marks = _unpack(self.mask.to(weight.device), numel)
+        own = ops.backend(weight.device)
+        for index, lay in self.selections:
+            ((positions, _),) = own.collect([weight.detach()], [index.to(weight.device)], [lay])
+            marks[positions.to(torch.int64)] = True
+        return marks
+
+    def positions(self, weight: Tensor) -> Tensor:
+        """Ascending: int32 where they fit."""
+        found = self._marks(weight).nonzero().view(-1)
+        return found.to(torch.int32) if weight.numel() < 2**31 else found
+
+
+def _pack(marks: Tensor) -> Tensor:
+    whole = torch.nn.functional.pad(marks.view(torch.uint8), (0, -marks.numel() % 8)).view(-1, 8)
+    return (whole << torch.arange(8, dtype=torch.uint8, device=marks.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(mask: Tensor, numel: int) -> Tensor:
+    bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return bits.view(torch.bool).view(-1)[:numel].contiguous()
+
+
+def _entry(
+    name: str, tensors: Memory, places: tuple[Tensor, Tensor] | None, before: int | None, after: int | None
+) -> Entry:
+    """What a tensor has become. Positions stay as they are: they are coded when the patch is saved."""
+    tensor = tensors.tensor(name)
+    tied = tensors.tied.get(name, ())
+    size, numel = tensor.element_size(), tensor.numel()
+    common: dict[str, Any] = {"base": before, "result": after, "tied": tied}
+    if places is not None and places[0].numel() * (size + 1.1) < numel * size:
+        positions, values = places
+        parts = {"positions": positions, "values": values}
+        return Entry(name, "sparse", tensor.dtype, tuple(tensor.shape), parts, positions.numel(), **common)
+    values = tensor.clone(memory_format=torch.contiguous_format)
+    return Entry(name, "dense", tensor.dtype, tuple(tensor.shape), {"values": values}, numel, **common)
