@@ -36,15 +36,15 @@ class _Change:
 class Application:
     """One application: `run` looks at everything, then writes everything."""
 
-    def __init__(self, model: Any, patch: Patch, strength: float, verify: bool) -> None:
-        self.model, self.patch, self.strength, self.verify = model, patch, strength, verify
+    def __init__(self, model: Any, patch: Patch, strength: float, verify: bool, *, keep: bool = True) -> None:
+        self.model, self.patch, self.strength, self.verify, self.keep = model, patch, strength, verify, keep
         self.tensors = tensors_of(model)
 
     def run(self) -> Patch:
         """Change the model.
 
         Returns:
-            What takes it back.
+            What takes it back; nothing unless that is kept.
 
         Raises:
             DeltaError: as `apply`; nothing is changed then.
@@ -62,11 +62,15 @@ class Application:
             elif change.entry.kind == "new":
                 self._look_at_new(change)
         removed = self._removed()
-        undo = {change.undo.name: change.undo for change in changes if change.undo is not None}
-        undo |= {name: self._kept(name) for name in removed}
-        added = tuple(change.name for change in changes if change.undo is None)
+        undo = self._undo(changes, removed) if self.keep else Patch({})
         self._write(changes, removed)
-        return Patch(undo, base=self.patch.base, removed=added)
+        return undo
+
+    def _undo(self, changes: Sequence[_Change], removed: Sequence[str]) -> Patch:
+        entries = {change.undo.name: change.undo for change in changes if change.undo is not None}
+        entries |= {name: self._kept(name) for name in removed}
+        added = tuple(change.name for change in changes if change.undo is None)
+        return Patch(entries, base=self.patch.base, removed=added)
 
     # Looking
 
@@ -120,7 +124,7 @@ class Application:
         check_values(entry)
         if self.verify:
             check_whole(entry)
-        old = weight.clone(memory_format=torch.contiguous_format)
+        old = weight.clone(memory_format=torch.contiguous_format) if self.keep else weight
         change.values, result = entry.values, entry.result
         if self.strength != 1:
             change.values = between(old, entry.values, self.strength)
@@ -134,8 +138,8 @@ class Application:
         check_values(entry)
         if self.verify:
             check_whole(entry)
-        change.values = entry.values.clone()
-        if weight is not None:
+        change.values = entry.values.clone() if self.keep else entry.values
+        if weight is not None and self.keep:
             change.undo = whole(change.name, weight, "new")
         if isinstance(self.model, nn.Module):
             _check_place(self.model, change.name, weight, entry)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nanoadam.delta import format as formats
 from nanoadam.delta import ops
+from nanoadam.delta.description import About
 from nanoadam.delta.entry import Entry
 from nanoadam.delta.errors import DeltaError
-from nanoadam.delta.format import About
 
 
 @dataclass(frozen=True, eq=False)

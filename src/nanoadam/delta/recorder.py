@@ -76,11 +76,13 @@ class Recorder:
         self._unknown = set(self._tensors().names())
 
     @torch.no_grad()
-    def patch(self, *, reset: bool = True) -> Patch:
+    def patch(self, *, reset: bool = True, copy: bool = True) -> Patch:
         """What has moved since the last call, on the model's devices.
 
         Args:
             reset: begin anew. Without it the next patch starts where this one did.
+            copy: tensors that are held whole are copied. Without it they are the model's own, good until its next
+                step.
 
         Raises:
             DeltaError: if the model holds something that is not served.
@@ -99,7 +101,7 @@ class Recorder:
                 continue
             given = places.get(name) if name not in self._unknown else None
             base = None if name in self._unknown else before
-            entries[name] = _entry(name, tensors, given, base, after)
+            entries[name] = _entry(name, tensors, given, base, after, copy)
         if reset:
             self._forget()
             self._hashes |= {name: value for name, value in hashes.items() if value is not None}
@@ -221,7 +223,12 @@ def _unpack(mask: Tensor, numel: int) -> Tensor:
 
 
 def _entry(
-    name: str, tensors: Memory, places: tuple[Tensor, Tensor] | None, before: int | None, after: int | None
+    name: str,
+    tensors: Memory,
+    places: tuple[Tensor, Tensor] | None,
+    before: int | None,
+    after: int | None,
+    copy: bool,
 ) -> Entry:
     """What a tensor has become. Positions stay as they are: they are coded when the patch is saved."""
     tensor = tensors.tensor(name)
@@ -232,5 +239,5 @@ def _entry(
         positions, values = places
         parts = {"positions": positions, "values": values}
         return Entry(name, "sparse", tensor.dtype, tuple(tensor.shape), parts, positions.numel(), **common)
-    values = tensor.clone(memory_format=torch.contiguous_format)
+    values = tensor.clone(memory_format=torch.contiguous_format) if copy else tensor.contiguous()
     return Entry(name, "dense", tensor.dtype, tuple(tensor.shape), {"values": values}, numel, **common)
