@@ -479,7 +479,7 @@ def test_the_state_follows_a_weight_that_has_moved():
     [(device, _)] = by_device([slot])
     assert device.type == "meta"
     assert {name: value.device.type for name, value in slot.state.items()} == {
-        **dict.fromkeys(("exp_avg", "exp_avg_sq", "index", "born"), "meta"),
+        **dict.fromkeys(("exp_avg", "exp_avg_sq", "index", "entry_step"), "meta"),
         "step": "cpu",
     }
-    assert slot.held.device.type == "meta"
+    assert slot.selection.index.device.type == "meta"

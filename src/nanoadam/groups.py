@@ -135,7 +135,7 @@ def param_groups(
         )
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-    _check_head_lr(head_lr)
+    check_head_lr(head_lr)
     model = _unwrap(model)
     entries = _entries(model)
     for entry in entries:
@@ -199,7 +199,7 @@ def param_groups(
     return found
 
 
-def _check_head_lr(head_lr: object) -> None:
+def check_head_lr(head_lr: object) -> None:
     number = isinstance(head_lr, (int, float)) and not isinstance(head_lr, bool)
     if head_lr is not None and not (number and 0.0 <= head_lr < math.inf):  # type: ignore[operator]
         raise ValueError(

@@ -35,7 +35,7 @@ def test_a_selection_finds_state_that_was_replaced_in_part(device, monkeypatch):
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(opt.state.values(), expected_opt.state.values(), strict=True):
         assert torch.equal(ours["index"], theirs["index"])
-        assert torch.equal(ours["born"], theirs["born"])
+        assert torch.equal(ours["entry_step"], theirs["entry_step"])
 
 
 def test_a_captured_graph_has_tables_of_its_own(device, monkeypatch):

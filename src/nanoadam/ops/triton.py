@@ -53,14 +53,13 @@ def _row(slot: Slot) -> list[int]:
         row: list[int] = cached[1]
         return row
     state, lay, weight = slot.state, slot.layout, slot.weight
-    assert lay is not None
     row = [
         address,
         state["index"].data_ptr(),
         state["exp_avg"].data_ptr(),
         state["exp_avg_sq"].data_ptr(),
-        state["born"].data_ptr(),
-        int(state["born"].numel() > 1),
+        state["entry_step"].data_ptr(),
+        int(state["entry_step"].numel() > 1),
         count,
         slot.ordinal,
         lay.line,
@@ -130,22 +129,16 @@ def _launches(
     return launches
 
 
-def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
+def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]) -> None:
     members = list(slots)
     signature = [
-        (
-            slot.version,
-            spatial(gradient),
-            gradient.dtype,
-            dtype if slot.held is None else slot.held.dtype,
-            slot.held is None,
-        )
-        for slot, gradient in zip(members, gradients, strict=True)
+        (slot.version, spatial(gradient), gradient.dtype, mine.dtype, more)
+        for slot, gradient, mine, more in zip(members, gradients, entries, add, strict=True)
     ]
 
     def kind(place: int) -> tuple[Any, ...]:
-        _, spatial, gradient_type, held_type, new = signature[place]
-        return min(spatial, 2), gradient_type, held_type, not new, gradients[place].numel() >= 2**31
+        _, strides, gradient_type, entries_type, more = signature[place]
+        return min(strides, 2), gradient_type, entries_type, more, gradients[place].numel() >= 2**31
 
     def row(place: int) -> list[int]:
         numbers = _row(members[place]).copy()
@@ -153,25 +146,20 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtyp
         return numbers
 
     for launch in _launches("gather", members, signature, kind, row):
-        strides, gradient_type, held_type, accumulate, wide = launch.kind
+        strides, gradient_type, entries_type, more, wide = launch.kind
         if strides == 0:
-            reference.gather([members[i] for i in launch.places], [gradients[i] for i in launch.places], dtype)
+            some = [[each[i] for i in launch.places] for each in (members, gradients, entries, add)]
+            reference.gather(*some)
             continue
-        numbers = []
-        for i in launch.places:
-            slot = members[i]
-            assert slot.layout is not None
-            if slot.held is None:
-                slot.held = torch.empty(slot.layout.selected, dtype=held_type, device=slot.weight.device)
-            numbers += [gradients[i].data_ptr(), slot.held.data_ptr()]
+        numbers = [each.data_ptr() for i in launch.places for each in (gradients[i], entries[i])]
         with on(launch.table.device):
             kernels.gather[(launch.blocks,)](
                 launch.table,
                 launch.block_rows,
                 launch.addresses(numbers),
                 GRADIENT_TYPE=TYPES[gradient_type],
-                HELD_TYPE=TYPES[held_type],
-                ACCUMULATE=accumulate,
+                ENTRIES_TYPE=TYPES[entries_type],
+                ADD=more,
                 CHANNELS_LAST=strides == 2,
                 WIDE=wide,
                 BLOCK=BLOCK,
@@ -212,22 +200,24 @@ def _by_steps(slots: Sequence[Slot], adam: Adam) -> Iterable[list[Slot]]:
     return [members for _, members in partition(slots, lambda slot: slot.steps)]
 
 
-def update(slots: Sequence[Slot], adam: Adam) -> None:
+def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
+    of = dict(zip(slots, entries, strict=True))
     for members in _by_steps(slots, adam):
-        held = [slot.held for slot in members if slot.held is not None]
+        gradients = [of[slot] for slot in members]
         signature: list[Any] = [
-            (slot.version, slot.weight.data_ptr(), mine.dtype) for slot, mine in zip(members, held, strict=True)
+            (slot.version, slot.weight.data_ptr(), slot.state["exp_avg"].data_ptr(), mine.dtype)
+            for slot, mine in zip(members, gradients, strict=True)
         ]
         if adam.capturable:
             signature.extend(slot.state["step"].data_ptr() for slot in members)
 
-        def kind(place: int, members: list[Slot] = members, held: list[Tensor] = held) -> tuple[Any, ...]:
+        def kind(place: int, members: list[Slot] = members, gradients: list[Tensor] = gradients) -> tuple[Any, ...]:
             weight, state = members[place].weight, members[place].state
             return (
                 min(spatial(weight), 2),
                 weight.dtype,
                 state["exp_avg"].dtype,
-                held[place].dtype,
+                gradients[place].dtype,
                 weight.numel() >= 2**31,
             )
 
@@ -235,18 +225,18 @@ def update(slots: Sequence[Slot], adam: Adam) -> None:
             return _row(members[place]).copy()
 
         for launch in _launches("update", members, signature, kind, row):
-            strides, weight_type, state_type, held_type, wide = launch.kind
+            strides, weight_type, state_type, entries_type, wide = launch.kind
             if strides == 0:
-                reference.update([members[i] for i in launch.places], adam)
+                reference.update([members[i] for i in launch.places], [gradients[i] for i in launch.places], adam)
                 continue
             with on(launch.table.device):
                 kernels.update[(launch.blocks,)](
                     launch.table,
                     launch.block_rows,
-                    launch.addresses([held[i].data_ptr() for i in launch.places]),
+                    launch.addresses([gradients[i].data_ptr() for i in launch.places]),
                     step=members[0].steps & 0x7FFFFFFF,
                     WEIGHT_TYPE=TYPES[weight_type],
-                    HELD_TYPE=TYPES[held_type],
+                    ENTRIES_TYPE=TYPES[entries_type],
                     STATE_TYPE=TYPES[state_type],
                     CHANNELS_LAST=strides == 2,
                     WIDE=wide,
