@@ -195,16 +195,27 @@ def test_without_hashes():
     assert same(server.state_dict(), model.state_dict())
 
 
+def test_nothing_is_kept_until_a_refresh():
+    model = Tiny()
+    optimizer = make(model, density=0.02, mask_interval=1000)
+    recorder = delta.Recorder(model, optimizer)
+    for i in range(3):  # the matrices are refreshed every three steps
+        step(model, optimizer, i)
+    assert not recorder._touched
+    step(model, optimizer, 3)
+    assert len(recorder._touched) == 4
+
+
 def test_memory_is_bounded_by_a_bit_a_weight():
     model = Tiny()
-    optimizer = make(model, density=0.02, mask_interval=1)
+    optimizer = make(model)
     recorder = delta.Recorder(model, optimizer)
-    for i in range(12):
+    for i in range(30):
         step(model, optimizer, i)
     numel = model.wide.weight.numel()
     touched = recorder._touched[model.wide.weight]
     assert touched.mask is not None
-    kept = touched.mask.nbytes + sum(index.nbytes for index, _ in touched.selections)
+    kept = touched.mask.nbytes + sum(selection.index.nbytes for selection in touched.selections)
     assert kept <= numel // 8 + 1 + numel // 8
 
 
@@ -217,4 +228,4 @@ def test_what_is_refused():
     optimizer = make(model)
     recorder = delta.Recorder(model, optimizer)
     recorder.close()
-    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._selection_hooks

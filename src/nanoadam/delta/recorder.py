@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanoadam.chunks import Layout, layout
 from nanoadam.delta import ops
 from nanoadam.delta.bits import extent, offsets
 from nanoadam.delta.diffing import versions
@@ -17,6 +16,7 @@ from nanoadam.delta.entry import Entry
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.patch import Patch
 from nanoadam.delta.sources import Memory, tensors_of
+from nanoadam.ops import Selection
 from nanoadam.optimizer import NanoAdam
 
 
@@ -49,10 +49,11 @@ class Recorder:
             )
         self.model, self.optimizer, self.base, self.verify = model, optimizer, base, verify
         self._touched: dict[Tensor, _Touched] = {}
+        self._steps: list[int] = []
         self._hashes: dict[str, int] = {}
         self._unknown: set[str] = set()
         self._handles = [
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_selection_pre_hook(lambda _, parameters: self._note(parameters)),
             optimizer.register_load_state_dict_post_hook(lambda *_: self.reseed()),
         ]
         self._check()
@@ -139,38 +140,56 @@ class Recorder:
 
     def _forget(self) -> None:
         self._touched.clear()
-        self._seen: list[int | None] = [None] * len(self.optimizer.param_groups)
+        self._steps = [group["steps"] for group in self.optimizer.param_groups]
 
-    def _after_step(self) -> None:
-        """Note a selection that a step has used for the first time since the last call."""
+    def _has_moved(self, i: int) -> bool:
+        """Whether a step has been made since the last call, by group; replays of a captured step do not count."""
+        group = self.optimizer.param_groups[i]
+        return i >= len(self._steps) or group["steps"] != self._steps[i] or bool(group["capturable"])
+
+    def _moved(self) -> dict[Tensor, Selection]:
+        """The present selections of weights that steps have moved since the last call."""
+        found = {}
         for i, group in enumerate(self.optimizer.param_groups):
-            if i >= len(self._seen):
-                self._seen.append(None)
-            if self._seen[i] == group["refreshed_at"]:
-                continue
-            self._seen[i] = group["refreshed_at"]
-            for parameter in group["params"]:
-                index = self.optimizer.state.get(parameter, {}).get("index")
-                if index is not None and parameter.requires_grad:
-                    lay = layout(parameter.shape, group["active_density"])
-                    self._touched.setdefault(parameter, _Touched()).add(index.clone(), lay, parameter)
+            for parameter in group["params"] if self._has_moved(i) else ():
+                selection = self._selection(parameter)
+                if selection is not None:
+                    found[parameter] = selection
+        return found
+
+    def _selection(self, parameter: Tensor) -> Selection | None:
+        slot = self.optimizer._slots.get(parameter)
+        return None if slot is None else slot.selection
+
+    def _note(self, parameters: Sequence[Tensor]) -> None:
+        """Keep the selections of parameters that are about to be replaced."""
+        moved = self._moved()
+        for parameter in parameters:
+            if parameter in moved:
+                old = moved[parameter]
+                kept = Selection(old.index.clone(), old.layout)
+                self._touched.setdefault(parameter, _Touched()).add(kept, parameter.detach())
 
     def _places(self, selected: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Positions that may have moved, and the values there, by name."""
-        touched = {name: self._touched[p] for name, p in selected.items() if p in self._touched}
-        single = [name for name, each in touched.items() if each.mask is None and len(each.selections) == 1]
+        moved = self._moved()
         found: dict[str, tuple[Tensor, Tensor]] = {}
         by_device: dict[torch.device, list[str]] = {}
-        for name in single:
-            by_device.setdefault(selected[name].device, []).append(name)
+        for name, parameter in selected.items():
+            if parameter in self._touched:
+                weight = parameter.detach()
+                positions = self._touched[parameter].positions(weight, moved.get(parameter))
+                values = extent(weight)[offsets(positions.to(torch.int64), weight)].view(weight.dtype)
+                found[name] = positions, values
+            elif parameter in moved:
+                by_device.setdefault(parameter.device, []).append(name)
         for device, names in by_device.items():
+            own = [moved[selected[name]] for name in names]
             weights = [selected[name].detach() for name in names]
-            indices, layouts = zip(*(touched[name].selections[0] for name in names), strict=True)
-            found.update(zip(names, ops.backend(device).collect(weights, indices, layouts), strict=True))
-        for name in touched.keys() - found.keys():
-            weight = selected[name].detach()
-            positions = touched[name].positions(weight)
-            found[name] = positions, extent(weight)[offsets(positions.to(torch.int64), weight)].view(weight.dtype)
+            collected = ops.backend(device).collect(
+                weights, [each.index for each in own], [each.layout for each in own]
+            )
+            found.update(zip(names, collected, strict=True))
         return {name: found[name] for name in selected if name in found}
 
 
@@ -182,33 +201,32 @@ class _Moving:
 
 @dataclass
 class _Touched:
-    """Weights of a tensor that steps have moved: selections while they are few, one bit a weight when they are many."""
+    """Selections of a tensor that were replaced: as they were while they are few, as one bit a weight when many."""
 
-    selections: list[tuple[Tensor, Layout]] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
     mask: Tensor | None = None  # uint8 [ceil(numel / 8)]
 
-    def add(self, index: Tensor, lay: Layout, weight: Tensor) -> None:
-        """Note a selection; one alone is kept as it is, since it needs no list of its own to be sent."""
-        self.selections.append((index, lay))
-        several = len(self.selections) > 1 or self.mask is not None
-        if several and sum(kept.nbytes for kept, _ in self.selections) > lay.numel // 8:
+    def add(self, selection: Selection, weight: Tensor) -> None:
+        """Note one more."""
+        self.selections.append(selection)
+        if sum(kept.index.nbytes for kept in self.selections) > weight.numel() // 8:
             self.mask, self.selections = _pack(self._marks(weight)), []
 
-    def _marks(self, weight: Tensor) -> Tensor:
+    def _marks(self, weight: Tensor, *more: Selection) -> Tensor:
         """Bool [numel]."""
         numel = weight.numel()
         marks = torch.zeros(numel, dtype=torch.bool, device=weight.device)
         if self.mask is not None:
             marks = _unpack(self.mask.to(weight.device), numel)
         own = ops.backend(weight.device)
-        for index, lay in self.selections:
-            ((positions, _),) = own.collect([weight.detach()], [index.to(weight.device)], [lay])
+        for each in (*self.selections, *more):
+            ((positions, _),) = own.collect([weight], [each.index.to(weight.device)], [each.layout])
             marks[positions.to(torch.int64)] = True
         return marks
 
-    def positions(self, weight: Tensor) -> Tensor:
-        """Ascending: int32 where they fit."""
-        found = self._marks(weight).nonzero().view(-1)
+    def positions(self, weight: Tensor, present: Selection | None) -> Tensor:
+        """All of them and the present one, ascending: int32 where they fit."""
+        found = self._marks(weight, *([] if present is None else [present])).nonzero().view(-1)
         return found.to(torch.int32) if weight.numel() < 2**31 else found
 
 
