@@ -22,6 +22,7 @@ from nanoadam.delta.format import FILE
 from nanoadam.delta.inspecting import Verdict, info, verify
 from nanoadam.delta.patch import Patch
 from nanoadam.delta.recorder import Recorder
+from nanoadam.delta.serving import Switch
 
 __all__ = [
     "FILE",
@@ -29,6 +30,7 @@ __all__ = [
     "Entry",
     "Patch",
     "Recorder",
+    "Switch",
     "Verdict",
     "applied",
     "apply",

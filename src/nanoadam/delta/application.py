@@ -168,7 +168,7 @@ class Application:
             if change.weight is not None and _same_form(change):
                 bits(change.weight).copy_(bits(change.values.view(change.weight.shape)))
             elif isinstance(self.model, nn.Module):
-                _replace_tensor(self.model, change.name, change.values)
+                replace_tensor(self.model, change.name, change.values)
             else:
                 others = change.entry.tied if change.weight is None else self.tensors.tied.get(change.name, ())
                 names = (change.name, *others)
@@ -211,7 +211,8 @@ def _check_place(model: nn.Module, name: str, weight: Tensor | None, entry: Entr
         )
 
 
-def _replace_tensor(model: nn.Module, name: str, values: Tensor) -> None:
+def replace_tensor(model: nn.Module, name: str, values: Tensor) -> None:
+    """Give a module a tensor of another form, and the sizes that go with it."""
     owner, own = _owner(model, name)
     if own in owner._parameters:
         owner.get_parameter(own).data = values
