@@ -18,11 +18,11 @@ CASES = [
     (kernels.hash_words, {"PARTS": 32, "ALIGNED": True}, 8),
     (kernels.hash_words, {"PARTS": 32, "ALIGNED": False}, 8),
     *[
-        (kernel, {"KIND": kind, "TYPE": type_, "WIDE": wide}, 8)
-        for kernel in (kernels.inspect, kernels.write)
+        (kernel, {"KIND": kind, "TYPE": type_, "WIDE": wide} | more, 8)
+        for kernel, more in ((kernels.inspect, {"HASHED": True}), (kernels.write, {}))
         for kind, type_, wide in ((0, tl.int16, False), (0, tl.uint8, True), (1, tl.int32, False), (1, tl.int64, True))
     ],
-    (kernels.inspect, {"KIND": 2, "TYPE": tl.int16, "WIDE": False}, 8),
+    (kernels.inspect, {"KIND": 2, "TYPE": tl.int16, "WIDE": False, "HASHED": False}, 8),
     (kernels.write, {"KIND": 2, "TYPE": tl.int16, "WIDE": False}, 8),
     (kernels.count_changed, {"BLOCK": 4096}, 8),
     (kernels.list_changed, {"BLOCK": 4096}, 8),

@@ -62,7 +62,7 @@ def test_inspect_and_write(device, generator, dtype, kind, coded):
     theirs = [ops.Job(job.entry, job.weight.clone()) for job in mine]
     before = [job.weight.clone() for job in mine]
     assert coded is False or any(job.entry.bits for job in mine) or kind == "columns"
-    for a, b in zip(triton.inspect(mine), reference.inspect(theirs), strict=True):
+    for a, b in zip(triton.inspect(mine, hashed=True), reference.inspect(theirs, hashed=True), strict=True):
         assert bits.equal(a.old, b.old)
         assert a.change == b.change
     assert all(bits.equal(job.weight, weight) for job, weight in zip(mine, before, strict=True))
@@ -80,7 +80,7 @@ def test_int64_positions_and_many_low_bits(device, generator, monkeypatch):
     monkeypatch.setattr(coding, "low_bits", lambda count, numel: 13)
     for given in (entry, ops.coded(entry)):
         mine, theirs = (ops.Job(given, weight.clone()) for _ in range(2))
-        assert triton.inspect([mine])[0].change == reference.inspect([theirs])[0].change
+        assert triton.inspect([mine], hashed=True)[0].change == reference.inspect([theirs], hashed=True)[0].change
         triton.write([mine], [entry.values])
         reference.write([theirs], [entry.values])
         assert torch.equal(mine.weight, theirs.weight)
@@ -94,7 +94,7 @@ def test_strides_go_another_way(device, generator):
         "values": torch.ones(172, device=device),
     }, 172)  # fmt: skip
     job = ops.Job(entry, weight)
-    assert bits.equal(triton.inspect([job])[0].old, weight.contiguous().view(-1)[::7])
+    assert bits.equal(triton.inspect([job], hashed=True)[0].old, weight.contiguous().view(-1)[::7])
     triton.write([job], [entry.values])
     assert bool((weight.contiguous().view(-1)[::7] == 1).all())
 
@@ -116,7 +116,7 @@ def self_check(module, entry, job):
     """Whether positions are refused; where they are not, what they do to the hash."""
     weight = job.weight.clone()
     try:
-        change = module.inspect([ops.Job(entry, weight)])[0].change
+        change = module.inspect([ops.Job(entry, weight)], hashed=True)[0].change
     except DeltaError:
         change = None
     assert bits.equal(weight, job.weight)

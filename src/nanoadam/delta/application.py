@@ -106,7 +106,7 @@ class Application:
             change.job = Job(change.entry.to(change.weight.device), change.weight)
             check_values(change.job.entry)
         jobs = [change.job for change in changes if change.job is not None]
-        for change, job, found in zip(changes, jobs, ops.inspect(jobs), strict=True):
+        for change, job, found in zip(changes, jobs, ops.inspect(jobs, hashed=self.verify), strict=True):
             entry = job.entry
             check_result(entry, change.hash, found.change)
             change.values, result = entry.values, entry.result
@@ -114,7 +114,7 @@ class Application:
                 change.values, result = between(found.old, entry.values, self.strength), None
                 if change.hash is not None:
                     job.entry = entry.with_values(change.values, base=None, result=None)
-                    result = (change.hash + ops.inspect([job])[0].change) % 2**64
+                    result = (change.hash + ops.inspect([job], hashed=True)[0].change) % 2**64
             change.undo = replace(entry, name=change.name).with_values(found.old, base=result, result=change.hash)
 
     def _look_at_dense(self, change: _Change) -> None:

@@ -162,43 +162,35 @@ def whole(name: str, tensor: Tensor, kind: str, *, base: int | None = None) -> E
 
 def compare(name: str, before: Tensor, after: Tensor) -> Entry | int:
     """What became of a tensor of the same dtype and shape on the same device; its hash if no bit has changed."""
-    old, now = flat(before), flat(after)
-    counts = [int((a != b).sum()) for a, b in zip(old.split(_PIECE), now.split(_PIECE), strict=True)]
-    count = sum(counts)
+    pieces = zip(flat(before).split(_PIECE), flat(after).split(_PIECE), strict=True)
+    count = sum(int(torch.count_nonzero(a != b)) for a, b in pieces)
     if count == 0:
         return ops.hash_all([after])[0]
     was, result = ops.hash_all([before, after])
-    kind, columns = _kind(old, now, count, after)
-    entry = Entry(name, kind, after.dtype, tuple(after.shape), {}, count, 0, was, result)
-    if kind == "dense":
-        return replace(entry, parts={"values": after}, count=after.numel())
-    if columns is not None:
-        values = after.detach().reshape(-1, after.shape[-1])[:, columns].contiguous()
-        return replace(entry, parts={"values": values, "columns": columns.to(torch.int32)}, count=values.numel())
+    entry = Entry(name, "dense", after.dtype, tuple(after.shape), {"values": after}, after.numel(), 0, was, result)
+    dense = float(after.nbytes)
+    sparse = count * (after.element_size() + 1.1 + low_bits(count, after.numel()) / 8) + 3 * _PART
+    if dense <= count * after.element_size() or (dense <= sparse and after.dim() < 2):
+        return entry
     positions = ops.backend(after.device).changed(before, after)
-    values = now[positions.to(torch.int64)].view(after.dtype)
-    return ops.coded(replace(entry, parts={"values": values, "positions": positions}))
+    columns = _columns(positions, after)
+    in_columns = columns.numel() * (after.numel() / after.shape[-1] * after.element_size() + 4) + _PART
+    if in_columns < min(dense, sparse):
+        values = after.detach().reshape(-1, after.shape[-1])[:, columns].contiguous()
+        parts = {"values": values, "columns": columns.to(torch.int32)}
+        return replace(entry, kind="columns", parts=parts, count=values.numel())
+    if dense <= sparse:
+        return entry
+    values = flat(after)[positions.to(torch.int64)].view(after.dtype)
+    return ops.coded(replace(entry, kind="sparse", parts={"values": values, "positions": positions}, count=count))
 
 
-def _kind(old: Tensor, now: Tensor, count: int, tensor: Tensor) -> tuple[str, Tensor | None]:
-    """The shortest way to hold what has changed; for whole columns: int64, which."""
-    size, numel = tensor.element_size(), tensor.numel()
-    sparse = count * (size + 1.1 + low_bits(count, numel) / 8) + 3 * _PART
-    costs = {"dense": float(numel * size), "sparse": sparse}
-    columns: Tensor | None = None
-    if tensor.dim() >= 2 and count >= numel // tensor.shape[-1]:
-        columns = _changed_columns(old, now, tensor.shape[-1])
-        costs["columns"] = columns.numel() * (numel // tensor.shape[-1] * size + 4.0) + _PART
-    kind = min(costs, key=costs.__getitem__)
-    return kind, columns if kind == "columns" else None
-
-
-def _changed_columns(old: Tensor, now: Tensor, width: int) -> Tensor:
-    rows = max(1, _PIECE // width)
-    changed = torch.zeros(width, dtype=torch.bool, device=now.device)
-    for a, b in zip(old.view(-1, width).split(rows), now.view(-1, width).split(rows), strict=True):
-        changed |= (a != b).any(0)
-    return changed.nonzero().view(-1)
+def _columns(positions: Tensor, tensor: Tensor) -> Tensor:
+    """The columns that positions lie in: int64, ascending."""
+    touched = torch.zeros(tensor.shape[-1], dtype=torch.bool, device=tensor.device)
+    for piece in positions.split(_PIECE):
+        touched[piece.to(torch.int64) % tensor.shape[-1]] = True
+    return touched.nonzero().view(-1)
 
 
 # What becomes of the entries

@@ -128,7 +128,7 @@ class _Copy:
                 check_whole(entry)
             return entry.values if strength == 1 else between(weight, entry.values, strength)
         job = Job(entry, weight)
-        (found,) = ops.inspect([job])
+        (found,) = ops.inspect([job], hashed=before is not None)
         check_result(entry, before, found.change)
         ops.write([job], [entry.values if strength == 1 else between(found.old, entry.values, strength)])
         return weight

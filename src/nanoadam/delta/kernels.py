@@ -233,8 +233,17 @@ def _moved(position, old, new, TYPE: tl.constexpr):
 
 
 @triton.jit
-def inspect(table, block_rows, damaged, changes, KIND: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Save the weights as they are, and say what writing would add to the hash; nothing is changed.
+def inspect(
+    table,
+    block_rows,
+    damaged,
+    changes,
+    KIND: tl.constexpr,
+    TYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    HASHED: tl.constexpr,
+):
+    """Save the weights as they are, and say what writing would add to the hash if HASHED; nothing is changed.
 
     damaged: int32, changes: int64, one each a program.
     """
@@ -245,10 +254,13 @@ def inspect(table, block_rows, damaged, changes, KIND: tl.constexpr, TYPE: tl.co
     weight = tl.load(row + WEIGHT).to(tl.pointer_type(TYPE))
     values = tl.load(row + VALUES).to(tl.pointer_type(TYPE))
     old = tl.load(weight + position, mask=known, other=0)
-    new = tl.load(values + entry, mask=known, other=0)
     tl.store(tl.load(row + OLD).to(tl.pointer_type(TYPE)) + entry, old, mask=known)
-    moved = tl.where(known, _moved(position, old, new, TYPE), 0)
-    tl.store(changes + program, tl.sum(moved.to(tl.int64, bitcast=True), 0))
+    if HASHED:
+        new = tl.load(values + entry, mask=known, other=0)
+        moved = tl.where(known, _moved(position, old, new, TYPE), 0)
+        tl.store(changes + program, tl.sum(moved.to(tl.int64, bitcast=True), 0))
+    else:
+        tl.store(changes + program, 0)
     tl.store(damaged + program, bad.to(tl.int32))
 
 

@@ -24,8 +24,12 @@ class Backend(Protocol):
     def hash_all(self, tensors: Sequence[Tensor]) -> list[int]:
         """The hash of each tensor, from 0 to 2**64 - 1."""
 
-    def inspect(self, jobs: Sequence[Job]) -> list[Found]:
+    def inspect(self, jobs: Sequence[Job], *, hashed: bool) -> list[Found]:
         """Look at what would be changed, and change nothing.
+
+        Args:
+            jobs: what would be changed.
+            hashed: work out what it would do to the hashes; else `change` is 0.
 
         Raises:
             DeltaError: if the positions of an entry are out of order or out of range.
@@ -87,9 +91,13 @@ def hash_all(tensors: Sequence[Tensor]) -> list[int]:
     return _by_device(tensors, lambda tensor: tensor.device, lambda own, mine: own.hash_all([tensors[i] for i in mine]))
 
 
-def inspect(jobs: Sequence[Job]) -> list[Found]:
+def inspect(jobs: Sequence[Job], *, hashed: bool) -> list[Found]:
     """As `Backend.inspect`, whatever the devices."""
-    return _by_device(jobs, lambda job: job.weight.device, lambda own, mine: own.inspect([jobs[i] for i in mine]))
+
+    def work(own: Backend, mine: list[int]) -> list[Found]:
+        return own.inspect([jobs[i] for i in mine], hashed=hashed)
+
+    return _by_device(jobs, lambda job: job.weight.device, work)
 
 
 def write(jobs: Sequence[Job], values: Sequence[Tensor]) -> None:

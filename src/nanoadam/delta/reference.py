@@ -33,14 +33,14 @@ def _places(job: Job) -> Tensor:
     return places
 
 
-def inspect(jobs: Sequence[Job]) -> list[Found]:
+def inspect(jobs: Sequence[Job], *, hashed: bool) -> list[Found]:
     found = []
     for job in jobs:
         entry, positions = job.entry, _places(job)
         place = offsets(positions.to(torch.int64), job.weight)
         old = extent(job.weight)[place].view(entry.dtype)
-        change = hash_change(positions, old, entry.values.reshape(-1), entry.numel)
-        found.append(Found(old.view(entry.values.shape), total(change)))
+        change = total(hash_change(positions, old, entry.values.reshape(-1), entry.numel)) if hashed else 0
+        found.append(Found(old.view(entry.values.shape), change))
     return found
 
 

@@ -121,7 +121,7 @@ class Switch:
     def batches(
         self, requests: Iterable[_Request], key: Callable[[_Request], str | None]
     ) -> Iterator[tuple[str | None, list[_Request]]]:
-        """Requests by the patch that they want, with the weights switched to it: each patch once, the present one first.
+        """Requests by the patch that they want, the weights switched to it: each once, the present one first.
 
         Args:
             requests: in the order in which they came.

@@ -135,13 +135,13 @@ def _table(jobs: Sequence[Job], values: Sequence[Tensor], olds: Sequence[Tensor 
     return upload([row for row, _ in made], jobs[0].weight.device), blocks
 
 
-def inspect(jobs: Sequence[Job]) -> list[Found]:
+def inspect(jobs: Sequence[Job], *, hashed: bool) -> list[Found]:
     found: dict[int, Found] = {}
     waiting: list[tuple[list[int], list[Tensor], Tensor, Tensor]] = []
     for kind, places in partition(range(len(jobs)), lambda i: _kind(jobs[i])):
         mine = [jobs[i] for i in places]
         if kind is None:
-            found.update(zip(places, reference.inspect(mine), strict=True))
+            found.update(zip(places, reference.inspect(mine, hashed=hashed), strict=True))
             continue
         for job in mine:
             if job.entry.kind == "sparse" and job.entry.is_coded:
@@ -153,7 +153,7 @@ def inspect(jobs: Sequence[Job]) -> list[Found]:
         changes = torch.empty(sum(blocks), dtype=torch.int64, device=device)
         with on(device):
             kernels.inspect[(sum(blocks),)](
-                table, block_rows(tuple(blocks), device), damaged, changes, *_constants(kind), num_warps=8
+                table, block_rows(tuple(blocks), device), damaged, changes, *_constants(kind), hashed, num_warps=8
             )
         waiting.append((places, olds, _segments(damaged, blocks), _segments(changes, blocks)))
     for places, olds, damages, changes in waiting:  # the device is asked once everything is under way
