@@ -23,6 +23,7 @@ from nanoadam.delta.inspecting import Verdict, info, verify
 from nanoadam.delta.patch import Patch
 from nanoadam.delta.recorder import Recorder
 from nanoadam.delta.serving import Switch
+from nanoadam.delta.sources import snapshot
 
 __all__ = [
     "FILE",
@@ -38,5 +39,6 @@ __all__ = [
     "diff",
     "info",
     "revert",
+    "snapshot",
     "verify",
 ]

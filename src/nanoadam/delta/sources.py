@@ -204,3 +204,13 @@ def tensors_of(given: Any) -> Tensors:
     if is_path(given):
         return Files(Path(given).expanduser())
     raise DeltaError(f"a model is a module, a state dict or a path, got {type(given).__name__}")
+
+
+def snapshot(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A copy of a module's parameters and buffers, each tensor once: what `diff` can be held against later.
+
+    Raises:
+        DeltaError: for a tensor that is not served.
+    """
+    tensors = tensors_of(model)
+    return {name: tensors.tensor(name).to(device, copy=True) for name in tensors.names()}
