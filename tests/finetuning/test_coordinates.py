@@ -26,7 +26,7 @@ MODELS = {
             moe_intermediate_size=12,
             head_dim=8,
             tie_word_embeddings=True,
-        )  # fmt: skip
+        )
     ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)),
 }

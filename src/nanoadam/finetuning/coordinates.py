@@ -1,7 +1,7 @@
 """Where a transformers model's weights lie in its checkpoint: experts fused in memory, tensors with other names.
 
-Servers that load checkpoints (vLLM for one) know weights by the checkpoint's names. transformers says with functions how
-it gets from the one to the other; here they are run on tensors without memory, and what they do is read off the views.
+Servers that load checkpoints (vLLM for one) know weights by the checkpoint's names. transformers has functions that get
+from the one to the other; here they are run on tensors without memory, and what they do is read off the views.
 """
 
 from __future__ import annotations
