@@ -1,6 +1,6 @@
 """Patches as PEFT's SHiRA adapters, where that format can hold them.
 
-SHiRA (Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024) keeps, for linear layers, positions and what is *added*
+SHiRA (Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024) keeps positions in linear layers and what is *added*
 there: r * (in + out) of them in every layer, with one r for all. Other modules that change are kept whole. Where base +
 (tuned - base) is not tuned in the layer's dtype, the adapter misses it by a bit, and is refused unless asked for.
 """
