@@ -25,8 +25,8 @@ FIXED = ("dense", "state_dtype", "capturable")
 """Options that state is made by: they stay what they are."""
 
 WATCHED = (
-    *FIXED, "density", "mask_interval", "criterion", "moments", "keep_zeros", "stochastic_rounding", "seed", "grad_dtype",
-    "maximize",
+    *FIXED, "density", "mask_interval", "criterion", "moments", "keep_zeros", "stochastic_rounding", "seed", "maximize",
+    "grad_dtype",
 )  # fmt: skip
 """Options that are checked when somebody has changed them. Schedulers change the others at every step."""
 
@@ -224,17 +224,15 @@ def warn_of_unsorted(groups: Sequence[Mapping[str, Any]]) -> None:
 def check_parameter_state(name: str, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter's state does not fit it."""
     lay = saved_layout(parameter, group)
-    if lay is None:
-        expected: dict[str, Any] = {"step": [()], "exp_avg": [parameter.shape], "exp_avg_sq": [parameter.shape]}
-    else:
-        count = (lay.selected,)
-        expected = {"step": [()], **dict.fromkeys(("exp_avg", "exp_avg_sq", "index"), [count])}
-        expected["entry_step"] = [(1,), count]
+    each: tuple[int, ...] = tuple(parameter.shape) if lay is None else (lay.selected,)
+    expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": each, "exp_avg_sq": each}
+    if lay is not None:
+        expected |= {"index": each, "entry_step": each}
     got = {part: tuple(state[part].shape) if part in state else None for part in expected}
-    if any(got[part] not in map(tuple, shapes) for part, shapes in expected.items()):
+    one = {**expected, "entry_step": (1,)}  # where moments are reset, all have entered together
+    if got not in (expected, one):
         raise ValueError(
-            f"the state of {name!r} does not fit its shape {tuple(parameter.shape)}: expected "
-            f"{ {part: tuple(shapes[-1]) for part, shapes in expected.items()} }, got {got}; "
+            f"the state of {name!r} does not fit its shape {tuple(parameter.shape)}: expected {expected}, got {got}; "
             "load it into the model that it was saved with"
         )
 

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from nanoadam import checks
 from nanoadam.chunks import layout
 from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
-from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
+from nanoadam.ops import Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
 from nanoadam.slots import by_device, empty, make_slot
@@ -32,9 +32,9 @@ class NanoAdam(Optimizer):
     """AdamW on the smallest weights of each tensor (or another criterion); the rest keep their bits.
 
     Source: Algorithm 1 of arXiv 2506.21374. After backward `p.grad` of a tensor that is selected from is a
-    `SelectedGradient`: the selected entries, reading as a dense gradient that is zero elsewhere. Accumulation, clipping,
-    loss scaling and zeroing are torch's own. The options `gradient_release`, `release_bytes` and `local` belong to the
-    optimizer and are not saved; all others belong to a group, may differ between groups, and are.
+    `SelectedGradient`: the selected entries, reading as a dense gradient that is zero elsewhere. Accumulation,
+    clipping, loss scaling and zeroing are torch's own. The options `gradient_release`, `release_bytes` and `local`
+    belong to the optimizer and are not saved; all others belong to a group, may differ between groups, and are.
 
     Args:
         params: parameters, `(name, parameter)` pairs, or groups as from `nanoadam.param_groups(model)`. Groups with
@@ -116,6 +116,7 @@ class NanoAdam(Optimizer):
         }
         checks.check_options(defaults, "every group")
         self.gradient_release, self.release_bytes, self.local = gradient_release, release_bytes, local
+        self.made_with: list[dict[str, Any]] = []  # the options of each group before any state was loaded
         self._start()
         super().__init__(params, defaults)
         checks.warn_of_unsorted(self.param_groups)
@@ -152,6 +153,7 @@ class NanoAdam(Optimizer):
             group["mask_interval"] = group["mask_interval"][0]
         if group["active_density"] is None:
             group["active_density"] = _density(group, 0)
+        self.made_with.append({name: group[name] for name in checks.WATCHED})
         self._make_slots()
 
     def _make_slots(self) -> None:
@@ -388,8 +390,7 @@ class NanoAdam(Optimizer):
         entries = self._entries(selected, group["grad_dtype"])
         with self._counted([*selected, *dense], i):
             for slot in selected:
-                if slot.steps % (MAX_AGE // 2) == 0:
-                    reference.restamp(slot)
+                reference.restamp(slot)
             beta1, beta2 = group["betas"]
             adam = Adam(
                 lr=group["lr"],
@@ -440,7 +441,7 @@ class NanoAdam(Optimizer):
     # Gradients
 
     def gradient_bytes(self) -> int:
-        """Bytes that `p.grad` takes, of all parameters. (`p.grad.nbytes` says what a dense one would take.)"""
+        """Bytes that `p.grad` takes, of all parameters; `p.grad.nbytes` says what a dense one would take."""
         return sum(gradient_bytes(p.grad) for p in self._group_of if p.grad is not None)
 
     @torch.no_grad()
@@ -522,8 +523,8 @@ class NanoAdam(Optimizer):
     def refresh(self) -> None:
         """Make the selection of the coming step now if it is due, as its first gradient would.
 
-        With `capturable=True` this is called between replays of the captured step, and first brings the number
-        of steps up to what the device has counted.
+        With `capturable=True` this is called between replays of the captured step, at least once in 30,000, and first
+        brings the number of steps up to what the device has counted.
         """
         self._follow()
         self._release.flush()
@@ -532,6 +533,8 @@ class NanoAdam(Optimizer):
                 for slot in (*self._members[i][0], *self._members[i][1]):
                     slot.steps = int(slot.state["step"].item())
                     group["steps"] = max(group["steps"], slot.steps)
+                for slot in self._members[i][0]:
+                    reference.restamp(slot)
             self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
 
     def state_bytes(self) -> int:
@@ -567,11 +570,11 @@ class NanoAdam(Optimizer):
         """
         # Not torch's own: it would cast every tensor to its parameter's dtype, indices too.
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         groups = checks.check_state(self.param_groups, state_dict)
-        own = {id(value) for state in self.state.values() if isinstance(state, dict) for value in state.values()}
+        own = {id(value) for slot in self._slots.values() for value in slot.state.values()}
         keys = [key for group in groups for key in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for group, saved in zip(self.param_groups, groups, strict=True):
@@ -582,7 +585,7 @@ class NanoAdam(Optimizer):
         self._release.let_go(self._release.held)
         self._slots, self._members = {}, []  # what was there before is freed as it is replaced
         state = state_dict["state"]
-        for key in [key for key in self.state if not isinstance(key, Tensor)]:
+        for key in [key for key in list[Any](self.state) if not isinstance(key, Tensor)]:
             del self.state[key]
         self.state.update({key: copy.deepcopy(value) for key, value in state.items() if key not in keys})
         for i, group in enumerate(self.param_groups):
@@ -596,8 +599,8 @@ class NanoAdam(Optimizer):
                 kept = id(value) in own and value.device == home
                 self.state[parameter][name] = value if kept else value.detach().to(home, copy=True)
         self._make_slots()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     @torch.no_grad()
     def prepare(self, steps: int) -> None:
@@ -617,7 +620,7 @@ class NanoAdam(Optimizer):
         self._make_slots()
 
     def __getstate__(self) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in ("gradient_release", "release_bytes", "local")}
+        options = {name: getattr(self, name) for name in ("gradient_release", "release_bytes", "local", "made_with")}
         return {**super().__getstate__(), **options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

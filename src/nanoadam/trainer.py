@@ -81,8 +81,8 @@ def for_trainer(
     if "lr" not in given:
         given["lr"] = known["lr"].default
         warnings.warn(
-            f"nanoadam.for_trainer was given no learning rate: it uses {given['lr']:g}, whatever TrainingArguments say. "
-            "Pass args=training_args, or lr=",
+            f"nanoadam.for_trainer was given no learning rate: it uses {given['lr']:g}, whatever TrainingArguments "
+            "say. Pass args=training_args, or lr=",
             UserWarning,
             stacklevel=2,
         )

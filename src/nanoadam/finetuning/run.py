@@ -296,7 +296,7 @@ def _trainer(job: Job, out: Path, metrics: _Metrics) -> _Trainer:
         max_steps=plan.total_steps,
         lr_scheduler_type=config.scheduler,
         warmup_steps=math.ceil(warmup),
-        max_grad_norm=0.0 if itself or config.max_grad_norm is None else config.max_grad_norm,
+        max_grad_norm=config.max_grad_norm or 0.0,
         label_smoothing_factor=config.label_smoothing,
         bf16=config.autocast == "bf16",
         fp16=config.autocast == "fp16",

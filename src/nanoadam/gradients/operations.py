@@ -28,10 +28,11 @@ class DenseCopy(Tensor):
 
     _dense: Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, dense: Tensor) -> DenseCopy:
+        """Refuse to be written to from now on."""
         size, stride = dense.shape, dense.stride()
         made = torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dense.dtype, device=dense.device)
         made._dense = dense
@@ -41,10 +42,10 @@ class DenseCopy(Tensor):
         super().__init__()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return dispatch(func, args, kwargs or {})
 
-    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """A dense tensor of one's own."""
         return self._dense.to(dtype or self.dtype, copy=True)
 
@@ -206,7 +207,7 @@ def _pointwise_in_place(func: Any, args: Any, kwargs: Any) -> bool:
         return False
     _, here, elsewhere = split
     box: Box = args[0]._box
-    if box.outside and not func(*elsewhere[0], **elsewhere[1]).item() == box.fill:
+    if box.outside and func(*elsewhere[0], **elsewhere[1]).item() != box.fill:
         return False
     func(*here[0], **here[1])
     box.zeroed = False
@@ -237,7 +238,7 @@ def _to_copy(func: Any, gradient: SelectedGradient, **options: Any) -> Any:
     values = box.values.to(device, None if exact else dtype, bool(options.get("non_blocking")), copy=True)
     moved = Selection(box.selection.index.to(device), box.selection.layout)
     selection = box.selection if device == gradient.device else moved
-    fill = torch.tensor(box.fill, device="cpu").to(dtype).item()
+    fill = torch.tensor(box.fill, dtype=gradient.dtype, device="cpu").to(dtype).item()
     return SelectedGradient._make(Box(selection, values, fill=fill), gradient.shape, gradient.stride(), dtype, device)
 
 
@@ -276,7 +277,7 @@ def _add(func: Any, one: Any, other: Any, *, alpha: float = 1) -> Any:
     """Two gradients of one selection: a weight that was used twice."""
     if type(one) is not SelectedGradient or type(other) is not SelectedGradient or not _same_selection(one, other):
         return NotImplemented
-    fill = func(torch.tensor(one._box.fill), torch.tensor(other._box.fill), alpha=alpha).item()
+    fill = one._box.fill + (-alpha if func is aten.sub.Tensor else alpha) * other._box.fill
     values = func(one._box.values, other._box.values, alpha=alpha)
     return _result(one, values, torch.promote_types(one.dtype, other.dtype), fill)
 
@@ -347,7 +348,7 @@ def _dense_like(func: Any, gradient: Tensor, *args: Any, **options: Any) -> Any:
 
 
 def _reduction(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Serve a reduction of all dimensions by `own(func, gradient, box, *args, **options)`, in the dtype it has there."""
+    """Serve a reduction of all dimensions by `own(func, gradient, box, *args, **options)`."""
 
     def reduce(func: Any, gradient: Any, *args: Any, keepdim: bool = False, **options: Any) -> Any:
         names = [argument.name for argument in func._schema.arguments]
@@ -469,50 +470,47 @@ def _collective(func: Any, gradients: Any, *args: Any, **options: Any) -> Any:
     return gradients, work
 
 
-_OWN: dict[Any, Callable[..., Any]] = {
-    func: own
-    for own, functions in {
-        _alias: (aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default),
-        _clone: (aten.clone.default,),
-        _to_copy: (aten._to_copy.default,),
-        _add_in_place: (aten.add_.Tensor, aten.sub_.Tensor),
-        _add: (aten.add.Tensor, aten.sub.Tensor),
-        _copy_in_place: (aten.copy_.default,),
-        _zero_in_place: (aten.zero_.default,),
-        _fill_in_place: (aten.fill_.Scalar, aten.fill_.Tensor),
-        _scale_in_place: (
-            aten.mul_.Tensor,
-            aten.mul_.Scalar,
-            aten.div_.Tensor,
-            aten.div_.Scalar,
-            aten.div_.Tensor_mode,
-        ),
-        _scale: (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
-        _masked_fill_in_place: (aten.masked_fill_.Scalar,),
-        _dense_like: tuple(
-            getattr(aten, name).default
-            for name in (
-                *(f"{kind}_like" for kind in ("empty", "zeros", "ones", "full", "rand", "randn")),
-                *(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full", "empty_strided")),
-            )
-        ),
-        _norm: (aten.linalg_vector_norm.default,),
-        _sum: (aten.sum.default, aten.sum.dim_IntList),
-        _mean: (aten.mean.default, aten.mean.dim),
-        _variance: (aten.std.correction, aten.var.correction),
-        _extreme: (aten.max.default, aten.min.default, aten.amax.default, aten.amin.default),
-        _every: (aten.all.default, aten.any.default),
-        _count_nonzero: (aten.count_nonzero.default, aten.count_nonzero.dim_IntList),
-        _foreach_norm: (aten._foreach_norm.Scalar,),
-        _foreach_scale: tuple(
-            getattr(getattr(aten, name), kind)
-            for name in ("_foreach_mul_", "_foreach_div_")
-            for kind in ("Scalar", "Tensor", "ScalarList")
-        ),
-        _foreach_clamp: (aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar),
-        _unscale: (aten._amp_foreach_non_finite_check_and_unscale_.default,),
-    }.items()
-    for func in functions
+_SERVES: dict[Callable[..., Any], tuple[Any, ...]] = {
+    _alias: (aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default),
+    _clone: (aten.clone.default,),
+    _to_copy: (aten._to_copy.default,),
+    _add_in_place: (aten.add_.Tensor, aten.sub_.Tensor),
+    _add: (aten.add.Tensor, aten.sub.Tensor),
+    _copy_in_place: (aten.copy_.default,),
+    _zero_in_place: (aten.zero_.default,),
+    _fill_in_place: (aten.fill_.Scalar, aten.fill_.Tensor),
+    _scale_in_place: (
+        aten.mul_.Tensor,
+        aten.mul_.Scalar,
+        aten.div_.Tensor,
+        aten.div_.Scalar,
+        aten.div_.Tensor_mode,
+    ),
+    _scale: (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
+    _masked_fill_in_place: (aten.masked_fill_.Scalar,),
+    _dense_like: tuple(
+        getattr(aten, name).default
+        for name in (
+            *(f"{kind}_like" for kind in ("empty", "zeros", "ones", "full", "rand", "randn")),
+            *(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full", "empty_strided")),
+        )
+    ),
+    _norm: (aten.linalg_vector_norm.default,),
+    _sum: (aten.sum.default, aten.sum.dim_IntList),
+    _mean: (aten.mean.default, aten.mean.dim),
+    _variance: (aten.std.correction, aten.var.correction),
+    _extreme: (aten.max.default, aten.min.default, aten.amax.default, aten.amin.default),
+    _every: (aten.all.default, aten.any.default),
+    _count_nonzero: (aten.count_nonzero.default, aten.count_nonzero.dim_IntList),
+    _foreach_norm: (aten._foreach_norm.Scalar,),
+    _foreach_scale: tuple(
+        getattr(getattr(aten, name), kind)
+        for name in ("_foreach_mul_", "_foreach_div_")
+        for kind in ("Scalar", "Tensor", "ScalarList")
+    ),
+    _foreach_clamp: (aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar),
+    _unscale: (aten._amp_foreach_non_finite_check_and_unscale_.default,),
 }
+_OWN = {func: own for own, functions in _SERVES.items() for func in functions}
 if torch.distributed.is_available():
     _OWN[torch.ops.c10d.allreduce_.default] = _OWN[torch.ops.c10d.broadcast_.default] = _collective

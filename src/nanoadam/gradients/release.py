@@ -155,6 +155,7 @@ class GradientRelease:
             if box.zeroed and owner is not None and box.slot is not None:
                 found = owner._arrives(box.slot.weight, gradient)
                 if found is not None and found[0].selection is not None:
+                    box.slot = found[0]
                     box.place(found[0].selection, None)
             box.zeroed = False
             self._gather(box, gradient)

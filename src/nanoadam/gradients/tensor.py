@@ -134,7 +134,7 @@ class SelectedGradient(Tensor):
 
     _box: Box
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, box: Box, like: Tensor, dtype: torch.dtype | None = None) -> SelectedGradient:
@@ -152,7 +152,7 @@ class SelectedGradient(Tensor):
         super().__init__()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return dispatch[0](func, args, kwargs or {})
 
     @property
@@ -165,7 +165,7 @@ class SelectedGradient(Tensor):
         selection = self._box.selection
         return torch.where(selection.index >= 0, reference.positions(selection.index, selection.layout), -1)
 
-    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """The dense tensor that it reads as: a new one, of the parameter's strides."""
         values = self._box.values
         dense = torch.empty_strided(self.shape, self.stride(), dtype=dtype or self.dtype, device=self.device)
@@ -182,7 +182,7 @@ class SelectedGradient(Tensor):
     # What torch would do in C++ without asking.
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The gradient itself."""
         return self.detach()
 
@@ -221,9 +221,10 @@ class SelectedGradient(Tensor):
     apply_ = map_ = map2_ = set_ = resize_ = resize_as_ = _cannot
 
     # `x += 1` would otherwise become `x = x + 1` where `add_` raises.
-    __iadd__, __isub__, __imul__, __itruediv__, __ipow__ = map(_in_place, ("add_", "sub_", "mul_", "div_", "pow_"))
+    __iadd__, __isub__, __imul__ = map(_in_place, ("add_", "sub_", "mul_"))
+    __itruediv__, __ipow__ = map(_in_place, ("div_", "pow_"))  # type: ignore[assignment]
 
-    def share_memory_(self) -> SelectedGradient:  # type: ignore[override]
+    def share_memory_(self) -> SelectedGradient:
         """Move the entries to shared memory, as in torch."""
         box, values = self._box, self._box.values
         index = box.selection.index.clone().share_memory_()
@@ -232,7 +233,7 @@ class SelectedGradient(Tensor):
 
     def is_shared(self) -> bool:
         """Whether the entries are in shared memory."""
-        return self._box.values.is_shared()
+        return bool(self._box.values.is_shared())
 
     # Copies. They have an index of their own: the optimizer writes over its index at the next refresh.
 

@@ -77,6 +77,7 @@ class Slot:
     selected_for: int = -1  # the step of its group that the selection stands for
     arrived_in: int = -1  # the step of its group in which its last first gradient arrived
     version: int = 0  # counts selections and moves
+    restamped: int = 0  # the update at which entry steps were last kept from wrapping around
     cache: dict[str, Any] = field(default_factory=dict)  # for a backend's own use
 
     @property

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from nanoadam.ops.kernels import (
+    CHUNK,
     ENTRY_STEP,
     ENTRY_STEP_STRIDE,
-    CHUNK,
     EXP_AVG,
     EXP_AVG_SQ,
     FIRST,

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanoadam.ops import MAX_AGE, Adam, Slot, kernels, reference
+from nanoadam.ops import MAX_AGE, Adam, Slot, kernels, reference, tables
 from nanoadam.ops.select_triton import select
 from nanoadam.ops.tables import (
     TYPES,
@@ -138,7 +138,7 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence
 
     def kind(place: int) -> tuple[Any, ...]:
         _, strides, gradient_type, entries_type, more = signature[place]
-        return min(strides, 2), gradient_type, entries_type, more, gradients[place].numel() >= 2**31
+        return min(strides, 2), gradient_type, entries_type, more, gradients[place].numel() >= tables.WIDE_FROM
 
     def row(place: int) -> list[int]:
         numbers = _row(members[place]).copy()
@@ -148,8 +148,9 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence
     for launch in _launches("gather", members, signature, kind, row):
         strides, gradient_type, entries_type, more, wide = launch.kind
         if strides == 0:
-            some = [[each[i] for i in launch.places] for each in (members, gradients, entries, add)]
-            reference.gather(*some)
+            some = launch.places
+            dense, room = [gradients[i] for i in some], [entries[i] for i in some]
+            reference.gather([members[i] for i in some], dense, room, [add[i] for i in some])
             continue
         numbers = [each.data_ptr() for i in launch.places for each in (gradients[i], entries[i])]
         with on(launch.table.device):
@@ -170,11 +171,14 @@ def _scalars(adam: Adam, anything: Tensor) -> dict[str, Any]:
     """Arguments that both updates share; pointers that are not used point to `anything`."""
     device = anything.device
     lr_pointer = adam.lr if isinstance(adam.lr, Tensor) and adam.lr.device == device else None
+    corrections = _corrections(adam.beta1, adam.beta2, device)
+    if capturing(device):
+        captured.append(corrections)  # the cache may let go of it
     scale = adam.grad_scale
     if isinstance(scale, Tensor):
         scale = scale.to(device, non_blocking=True)
     return {
-        "corrections": _corrections(adam.beta1, adam.beta2, device),
+        "corrections": corrections,
         "lr": 0.0 if lr_pointer is not None else float(adam.lr),
         "lr_pointer": anything if lr_pointer is None else lr_pointer,
         "scale_pointer": scale if isinstance(scale, Tensor) else anything,
@@ -218,7 +222,7 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
                 weight.dtype,
                 state["exp_avg"].dtype,
                 gradients[place].dtype,
-                weight.numel() >= 2**31,
+                weight.numel() >= tables.WIDE_FROM,
             )
 
         def row(place: int, members: list[Slot] = members) -> list[int]:
@@ -265,7 +269,14 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
             weight, gradient = members[place].weight, dense[place]
             aligned = is_aligned(weight, weight.numel()) and is_aligned(gradient)
             state = members[place].state["exp_avg"].dtype
-            return min(spatial(weight), 2), weight.dtype, state, gradient.dtype, weight.numel() >= 2**31, aligned
+            return (
+                min(spatial(weight), 2),
+                weight.dtype,
+                state,
+                gradient.dtype,
+                weight.numel() >= tables.WIDE_FROM,
+                aligned,
+            )
 
         def row(place: int, members: list[Slot] = members) -> list[int]:
             return _dense_row(members[place])
