@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     print(f"nanoadam: the command needs {missing.name}: pip install 'nanoadam[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from nanoadam.cli import analyze, bench, compare, demo, finetune, memory, reproduce  # they need typer
+from nanoadam.cli import analyze, bench, compare, delta, demo, finetune, memory, reproduce  # they need typer
 from nanoadam.cli.options import EXTRAS
 
 __all__ = ["main"]
@@ -94,3 +94,4 @@ app.command(epilog=reproduce.EXAMPLE)(reproduce.reproduce)
 app.command(epilog=analyze.EXAMPLE)(analyze.analyze)
 app.command(epilog=memory.EXAMPLE)(memory.memory)
 app.command(epilog=bench.EXAMPLE)(bench.bench)
+app.add_typer(delta.app)

@@ -55,12 +55,13 @@ def load(
     found = delta.Patch.load(folder, verify=verify)
     options = {"dtype": config.dtype or "auto", "ignore_mismatched_sizes": True} | options
     with _without_warnings():  # of the head that the base lacks: it is in the patch
-        model = _class(config).from_pretrained(str(base), config=config, **options)
+        model = model_class(config).from_pretrained(str(base), config=config, **options)
     delta.apply(model, found, strength, verify=verify)
     return model
 
 
-def _class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
+    """The class that a configuration was saved with; AutoModel where it does not say."""
     names = getattr(config, "architectures", None) or []
     known = getattr(transformers, names[0], None) if names else None
     return transformers.AutoModel if known is None else known

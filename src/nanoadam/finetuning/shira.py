@@ -73,7 +73,7 @@ def export(model: Any, patch: Patch | str | Path, folder: str | Path, *, exact: 
     if inexact and exact:
         raise DeltaError(
             f"{inexact} weights are not base + (tuned - base) in their dtype, so the adapter would miss them by a bit: "
-            "pass exact=False if that will do"
+            "pass exact=False (--no-exact) if that will do"
         )
     own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     trained = {tensor: tensor.requires_grad for tensor in model.parameters()}
