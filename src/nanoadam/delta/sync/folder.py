@@ -158,7 +158,7 @@ def zstd() -> Any:
     for name in ("compression.zstd", "zstandard"):
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
-    raise DeltaError("compress=True needs zstd: Python 3.14, or pip install zstandard")
+    raise DeltaError("compress=True needs zstd: Python 3.14, or pip install 'nanoadam[sync]'")
 
 
 def _compress(plain: Any, packed: Any) -> None:
