@@ -192,12 +192,13 @@ def check_trained(parameters: Sequence[Tensor]) -> None:
         )
 
 
-def check_exchange(gradient: Tensor) -> None:
-    """Raise RuntimeError if there are other processes and their gradients are not in this one."""
+def check_exchange(gradients: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError if there are other processes and their gradients are not in the first of these."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1 or not isinstance(gradient, SelectedGradient):
+    if not distributed or torch.distributed.get_world_size() == 1:
         return
-    if not gradient._box.exchanged:
+    gradient = next((gradient for gradient in gradients if gradient is not None), None)
+    if isinstance(gradient, SelectedGradient) and not gradient._box.exchanged:
         raise RuntimeError(
             f"there are {torch.distributed.get_world_size()} processes, but their gradients were not exchanged before "
             "step(), so their models would drift apart: wrap the model in DistributedDataParallel, or, if each process "

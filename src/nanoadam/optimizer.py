@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from nanoadam import checks
 from nanoadam.chunks import layout
 from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
-from nanoadam.ops import Adam, Rule, Selection, Slot, backend, reference
+from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
 from nanoadam.slots import by_device, empty, make_slot
@@ -127,6 +127,7 @@ class NanoAdam(Optimizer):
         self._members: list[tuple[list[Slot], list[Slot]]] = []  # for each group: selected from, dense
         self._group_of: dict[Tensor, int] = {}
         self._frozen: list[Tensor] = []
+        self._counts: dict[int, list[Tensor]] = {}  # for each group: the steps that its members share
         self._seen: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
         self._looked = False  # at the first gradients, whether they are what they should be
         self._release = GradientRelease(self, self.release_bytes)
@@ -158,7 +159,7 @@ class NanoAdam(Optimizer):
 
     def _make_slots(self) -> None:
         """State for every parameter that can be trained and has none yet; hooks where gradients are released."""
-        self._members, self._group_of, self._frozen = [], {}, []
+        self._members, self._group_of, self._frozen, self._counts = [], {}, [], {}
         known, self._slots = self._slots, {}
         counts: dict[tuple[int, torch.device, int], Tensor] = {}
         ordinal = 0
@@ -239,10 +240,11 @@ class NanoAdam(Optimizer):
         infinite, grad_scale = getattr(self, "found_inf", 0.0), getattr(self, "grad_scale", None)
         if bool(infinite):
             return loss
-        for i, (selected, _) in enumerate(self._members):
-            self._refresh(i, [slot for slot in selected if slot.selected_for != self.param_groups[i]["steps"]])
+        inverse = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float()
         for i, group in enumerate(self.param_groups):
-            self._update(i, 1.0 if grad_scale is None else grad_scale.double().reciprocal().float())
+            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
+        for i, group in enumerate(self.param_groups):
+            self._update(i, inverse)
             group["steps"] += 1
         return loss
 
@@ -255,6 +257,7 @@ class NanoAdam(Optimizer):
         if slot is None or slot.selection is None or not self._releases(i := self._group_of[parameter]):
             return None
         checks.check_gradient(slot.name, gradient)
+        by_device([slot])
         group, selected = self.param_groups[i], self._members[i][0]
         t = group["steps"]
         waiting = [other for other in selected if other is slot or is_zeroed(other.weight.grad)]
@@ -309,7 +312,7 @@ class NanoAdam(Optimizer):
             step=group["steps"],
             in_place=group["capturable"],
         )
-        for device, members in by_device(slots):
+        for device, members, _ in by_device(list(slots)):
             gradients = None
             if rule.criterion == "gradient":
                 gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]
@@ -333,51 +336,54 @@ class NanoAdam(Optimizer):
 
     def _compact(self, boxes: Sequence[Box]) -> None:
         """Take the selected entries of gradients that have gathered in backward."""
-        ours = [box for box in boxes if box.slot is not None and box.selection is box.slot.selection]
+        ours: list[tuple[Slot, Box]] = []
         for box in boxes:
-            if box not in ours:  # kept over a refresh
+            if box.slot is not None and box.selection is box.slot.selection:
+                ours.append((box.slot, box))
+            else:  # kept over a refresh
                 box.compact()
-        for device, _ in by_device(box.slot for box in ours if box.slot is not None):
-            mine = [box for box in ours if box.slot is not None and box.slot.weight.device == device]
-            dense = [box.pending for box in mine if box.pending is not None]
-            add = [box.stored is not None for box in mine]
+        for device, members, mine in by_device([slot for slot, _ in ours], [box for _, box in ours]):
+            dense, add = [box.pending for box in mine], [box.stored is not None for box in mine]
             entries = [box.room() for box in mine]
-            backend(device).gather([box.slot for box in mine if box.slot is not None], dense, entries, add)
+            backend(device).gather(members, dense, entries, add)
             for box, values in zip(mine, entries, strict=True):
                 box.stored, box.pending = values, None
 
     def _entries(self, slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
         """The selected entries of `p.grad`, whatever it is: [selected] each."""
-        found: dict[Slot, Tensor] = {}
-        dense: list[Slot] = []
-        for slot in slots:
+        entries: list[Any] = [None] * len(slots)
+        dense: list[int] = []
+        for i, slot in enumerate(slots):
             gradient = slot.weight.grad
-            assert slot.selection is not None
             if type(gradient) is SelectedGradient:
-                found[slot] = gradient._box.moved_to(slot.selection)
+                assert slot.selection is not None
+                entries[i] = gradient._box.moved_to(slot.selection)
             else:
-                dense.append(slot)
+                dense.append(i)
                 self._release.hold(slot.weight)  # if swap_tensors has taken the hook away
-        for device, members in by_device(dense):
-            entries = [torch.empty(slot.layout.selected, dtype=dtype, device=device) for slot in members]
+        for device, members, places in by_device([slots[i] for i in dense], dense):
+            found = [torch.empty(slot.layout.selected, dtype=dtype, device=device) for slot in members]
             gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
-            backend(device).gather(members, gradients, entries, [False] * len(members))
-            found.update(zip(members, entries, strict=True))
-        return [found[slot] for slot in slots]
+            backend(device).gather(members, gradients, found, [False] * len(found))
+            for i, values in zip(places, found, strict=True):
+                entries[i] = values
+        return entries
 
     def _check_gradients(self) -> None:
         """Refuse what cannot be used before anything of the step is done."""
-        gradients = [(slot, slot.weight.grad) for slot in self._slots.values()]
-        for slot, gradient in gradients:
+        seen = False
+        for slot in self._slots.values():
+            gradient = slot.weight.grad
             if gradient is not None:
-                checks.check_gradient(slot.name, gradient)
+                seen = True
+                if gradient.layout != torch.strided:
+                    checks.check_gradient(slot.name, gradient)
         if self._looked:
             return
         checks.check_trained([slot.weight for slot in self._slots.values()] or self._frozen)
-        released = [gradient for slot, gradient in gradients if gradient is not None and slot.selection is not None]
-        if released and self.gradient_release and not self.local:
-            checks.check_exchange(released[0])
-        self._looked = any(gradient is not None for _, gradient in gradients)
+        if self.gradient_release and not self.local:
+            checks.check_exchange([s.weight.grad for s in self._slots.values() if s.selection is not None])
+        self._looked = seen
 
     def _releases(self, i: int) -> bool:
         """Whether the gradients of a group's selected tensors are released; not if they decide the selection."""
@@ -388,9 +394,12 @@ class NanoAdam(Optimizer):
         group = self.param_groups[i]
         selected, dense = ([slot for slot in some if slot.weight.grad is not None] for some in self._members[i])
         entries = self._entries(selected, group["grad_dtype"])
+        gradients = [slot.weight.grad for slot in dense]
+        gradients = [_as_dense(g) if type(g) is SelectedGradient else g for g in gradients]
         with self._counted([*selected, *dense], i):
             for slot in selected:
-                reference.restamp(slot)
+                if slot.steps - slot.restamped >= MAX_AGE // 2:
+                    reference.restamp(slot)
             beta1, beta2 = group["betas"]
             adam = Adam(
                 lr=group["lr"],
@@ -404,12 +413,10 @@ class NanoAdam(Optimizer):
                 grad_scale=grad_scale,
                 capturable=group["capturable"],
             )
-            of = dict(zip(selected, entries, strict=True))
-            for device, members in by_device(selected):
-                backend(device).update(members, [of[slot] for slot in members], adam)
-            for device, members in by_device(dense):
-                gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]
-                backend(device).update_dense(members, gradients, adam)
+            for device, members, theirs in by_device(selected, entries):
+                backend(device).update(members, theirs, adam)
+            for device, members, theirs in by_device(dense, gradients):
+                backend(device).update_dense(members, theirs, adam)
 
     @contextlib.contextmanager
     def _counted(self, slots: Sequence[Slot], i: int) -> Iterator[None]:
@@ -417,19 +424,24 @@ class NanoAdam(Optimizer):
 
         Those in step with each other share one count.
         """
-        counts = {id(count): count for count in (slot.state["step"] for slot in slots)}
-        if len(slots) < sum(map(len, self._members[i])):  # those who stand still keep the count that they shared
-            moving = {id(slot) for slot in slots}
-            still = {id(slot.state["step"]) for some in self._members[i] for slot in some if id(slot) not in moving}
-            counts = {key: count.clone() if key in still else count for key, count in counts.items()}
-            for slot in slots:
-                slot.state["step"] = counts[id(slot.state["step"])]
+        everybody = len(slots) == sum(map(len, self._members[i]))
+        counts = self._counts.get(i) if everybody else None
+        if counts is None:
+            found = {id(count): count for count in (slot.state["step"] for slot in slots)}
+            if not everybody:  # those who stand still keep the count that they shared
+                moving = {id(slot) for slot in slots}
+                still = {id(slot.state["step"]) for some in self._members[i] for slot in some if id(slot) not in moving}
+                found = {key: count.clone() if key in still else count for key, count in found.items()}
+                for slot in slots:
+                    slot.state["step"] = found[id(slot.state["step"])]
+            counts = list(found.values())
+            self._counts = {**self._counts, i: counts} if everybody else {}
 
         def add(number: int) -> None:
             for slot in slots:
                 slot.steps += number
             if counts:
-                torch._foreach_add_(list(counts.values()), number)
+                torch._foreach_add_(counts, number)
 
         add(1)
         try:
@@ -534,7 +546,8 @@ class NanoAdam(Optimizer):
                     slot.steps = int(slot.state["step"].item())
                     group["steps"] = max(group["steps"], slot.steps)
                 for slot in self._members[i][0]:
-                    reference.restamp(slot)
+                    if slot.steps - slot.restamped >= MAX_AGE // 2:
+                        reference.restamp(slot)
             self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
 
     def state_bytes(self) -> int:

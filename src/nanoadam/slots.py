@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +12,22 @@ from nanoadam.chunks import Layout, layout
 from nanoadam.ops import Selection, Slot
 
 
-def by_device(slots: Iterable[Slot]) -> Iterable[tuple[torch.device, list[Slot]]]:
-    """Slots of each device, in their order, with their state on it."""
-    slots = list(slots)
+def by_device(
+    slots: Sequence[Slot], beside: Sequence[Any] = ()
+) -> Iterable[tuple[torch.device, Sequence[Slot], Sequence[Any]]]:
+    """Slots of each device, in their order, with their state on it, and what belongs to each of them."""
     devices = [slot.weight.device for slot in slots]
     for slot, device in zip(slots, devices, strict=True):
         if slot.state["exp_avg"].device != device:
             _follow(slot, device)
-    return [
-        (device, [slot for slot, its in zip(slots, devices, strict=True) if its == device])
-        for device in dict.fromkeys(devices)
-    ]
+    kinds = set(devices)
+    if len(kinds) < 2:
+        return [(device, slots, beside) for device in kinds]
+    parts = []
+    for device in dict.fromkeys(devices):
+        mine = [i for i, its in enumerate(devices) if its == device]
+        parts.append((device, [slots[i] for i in mine], [beside[i] for i in mine] if beside else beside))
+    return parts
 
 
 def _follow(slot: Slot, device: torch.device) -> None:

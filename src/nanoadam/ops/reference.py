@@ -185,10 +185,9 @@ def _age(slot: Slot) -> Tensor:
 
 
 def restamp(slot: Slot) -> None:
-    """Move entry steps up so that ages stay at MAX_AGE, long before their low 16 bits wrap around."""
-    if slot.steps - slot.restamped >= MAX_AGE // 2:
-        slot.state["entry_step"].copy_((slot.steps - _age(slot)).to(torch.int16))
-        slot.restamped = slot.steps
+    """Move entry steps up so that ages stay at MAX_AGE: to be called before their low 16 bits wrap around."""
+    slot.state["entry_step"].copy_((slot.steps - _age(slot)).to(torch.int16))
+    slot.restamped = slot.steps
 
 
 def _store(target: Tensor, value: Tensor, noise: Tensor | None) -> Tensor:

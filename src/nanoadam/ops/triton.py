@@ -197,17 +197,18 @@ def _scalars(adam: Adam, anything: Tensor) -> dict[str, Any]:
     }
 
 
-def _by_steps(slots: Sequence[Slot], adam: Adam) -> Iterable[list[Slot]]:
+def _by_steps(
+    slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam
+) -> Iterable[tuple[list[Slot], list[Tensor]]]:
     """Slots that have had the same number of updates, which a launch takes from the host unless captured."""
-    if adam.capturable or all(slot.steps == slots[0].steps for slot in slots):
-        return [list(slots)] if slots else []
-    return [members for _, members in partition(slots, lambda slot: slot.steps)]
+    if adam.capturable or len({slot.steps for slot in slots}) == 1:
+        return [(list(slots), list(gradients))]
+    parts = partition(zip(slots, gradients, strict=True), lambda pair: pair[0].steps)
+    return [([slot for slot, _ in pairs], [gradient for _, gradient in pairs]) for _, pairs in parts]
 
 
 def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
-    of = dict(zip(slots, entries, strict=True))
-    for members in _by_steps(slots, adam):
-        gradients = [of[slot] for slot in members]
+    for members, gradients in _by_steps(slots, entries, adam):
         signature: list[Any] = [
             (slot.version, slot.weight.data_ptr(), slot.state["exp_avg"].data_ptr(), mine.dtype)
             for slot, mine in zip(members, gradients, strict=True)
@@ -249,19 +250,15 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
 
 
 def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
-    of = dict(zip(slots, gradients, strict=True))
-    for members in _by_steps(slots, adam):
-        dense: list[Tensor] = []
-        pointers: list[int] = []
-        signature: list[Any] = []
-        for slot in members:
-            weight, gradient = slot.weight, of[slot]
-            if gradient.stride() != weight.stride():
-                gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
-            pointer = gradient.data_ptr()
-            dense.append(gradient)
-            pointers.append(pointer)
-            signature.append((weight.data_ptr(), gradient.dtype, pointer % 16))
+    for members, dense in _by_steps(slots, gradients, adam):
+        for i, (slot, gradient) in enumerate(zip(members, dense, strict=True)):
+            if gradient.stride() != slot.weight.stride():
+                dense[i] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
+        pointers = [gradient.data_ptr() for gradient in dense]
+        signature: list[Any] = [
+            (slot.weight.data_ptr(), slot.state["exp_avg"].data_ptr(), gradient.dtype, pointer % 16)
+            for slot, gradient, pointer in zip(members, dense, pointers, strict=True)
+        ]
         if adam.capturable:
             signature.extend(slot.state["step"].data_ptr() for slot in members)
 
