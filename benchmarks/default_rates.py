@@ -122,8 +122,8 @@ def _texts(shared: Path, out: Path, model: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    glue = tarfile.open(shared / "glue" / "glue_cola_sst2.tar.xz")
-    lines = {m: glue.extractfile(m).read().decode().splitlines() for m in glue.getnames() if m.endswith(".tsv")}
+    with tarfile.open(shared / "glue" / "glue_cola_sst2.tar.xz") as glue:
+        lines = {m: glue.extractfile(m).read().decode().splitlines() for m in glue.getnames() if m.endswith(".tsv")}
     rows = {
         "cola": [[(r.split("\t")[3], None, int(r.split("\t")[1])) for r in lines[f"CoLA/{s}.tsv"]] for s in _SPLITS],
         "sst2": [
@@ -178,7 +178,7 @@ def _completions(shared: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "docs_llama_23m")
 
     def gsm(split: str) -> list[tuple[str, str]]:
-        text = lzma.open(shared / "gsm8k" / f"{split}.jsonl.xz").read().decode()
+        text = lzma.decompress((shared / "gsm8k" / f"{split}.jsonl.xz").read_bytes()).decode()
         return [(row["question"], row["answer"]) for row in map(json.loads, text.splitlines())]
 
     def adapters(name: str) -> list[tuple[str, str]]:
