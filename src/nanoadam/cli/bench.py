@@ -10,10 +10,10 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from nanoadam.baselines import BASELINES
 from nanoadam.cli.options import Json, listed
 from nanoadam.cli.show import progress, stdout
 from nanoadam.comparing.shapes import MODELS
+from nanoadam.finetuning.config import OPTIMIZERS
 
 EXAMPLE = "Example: nanoadam bench --shapes bert-base --optimizers adamw,microadam,nanoadam"
 
@@ -24,7 +24,7 @@ def bench(
         str | None,
         typer.Option(help="Folder with a config.json, or a hub id: only the config is read.", show_default=False),
     ] = None,
-    optimizers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(BASELINES),
+    optimizers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(OPTIMIZERS),
     optimizer_options: Annotated[
         str | None, typer.Option(help="Like galore.rank=64, separated by commas.", show_default=False)
     ] = None,

@@ -117,7 +117,10 @@ class Comparison:
             optimizers.method(config.optimizer)
 
     def _config(self, variant: Variant, learning_rate: float, seed: int) -> Config:
-        return dataclasses.replace(self.config, **variant.overrides, learning_rate=learning_rate, seed=seed)
+        keys = {**variant.overrides, "learning_rate": learning_rate, "seed": seed}
+        if "density" in keys:  # a constant one, unless the variant says where it ends
+            keys.setdefault("density_end", None)
+        return dataclasses.replace(self.config, **keys)
 
     def resolved(self) -> Comparison:
         """With whole paths, so that it can be gone on with from anywhere."""
@@ -157,6 +160,7 @@ class Case:
     @property
     def key(self) -> Key:
         """What tells it from all others."""
+        assert self.config.learning_rate is not None
         return self.variant, self.config.learning_rate, self.config.seed
 
     @property

@@ -12,9 +12,6 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from nanoadam.reports import charts
-from nanoadam.text import size
-
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 }
@@ -34,41 +31,6 @@ $figures
 <pre>$manifest</pre>
 </body></html>
 """)
-
-
-def page(manifest: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    """One HTML file that needs no other.
-
-    Args:
-        manifest: with its settings and results.
-        lines: of metrics.jsonl.
-    """
-    results, settings = manifest["results"], manifest["settings"]
-    rows: list[tuple[str, ...]] = [("", "at the end")]
-    rows += [(name, f"{value:.4g}") for name, value in results["final"].items()]
-    rows += [(f"memory: {kind}", size(count)) for kind, count in results["memory"].items()]
-    rows += [
-        ("time per step", f"{results['seconds_per_step']:.3g} s"),
-        ("weights moved", f"{100 * results['touched']:.2f} %"),
-        ("l2 distance moved", f"{results['l2_moved']:.4g}"),
-    ]
-    rows += retained_rows(results)
-    head = "" if settings["head_learning_rate"] is None else f" (head: {settings['head_learning_rate']:g})"
-    lead = (
-        f"{settings['model']} ({manifest['model']['parameters']:,} weights), {settings['task']} on "
-        f"{settings['train']}, {settings['optimizer']}, learning rate {settings['learning_rate']:g}{head}, "
-        f"seed {settings['seed']}, {results['steps']} steps."
-    )
-    return render(f"finetune: {settings['task']}", lead, rows, charts.figures(lines, results["metric"]), manifest)
-
-
-def retained_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is left of what was to be retained, and how much that is less."""
-    rows = []
-    for label, found in results["retained"].items():
-        rows.append((f"{label}, after (before: {found['before']:.4g})", f"{found['after']:.4g}"))
-        rows.append((f"{label}, forgetting", f"{found['forgetting']:.4g}"))
-    return rows
 
 
 def render(
