@@ -80,9 +80,9 @@ def _takes(option: Any) -> str:
 def _default(option: Any) -> str:
     shown = option.show_default
     if isinstance(shown, str):
-        return f" [default: {shown}]"
+        return f" [default: {'on' if shown == 'True' else shown}]"
     if shown is False or option.default in (None, "", ()) or callable(option.default):
         return ""
     if option.is_flag and option.default is False:
         return ""
-    return f" [default: {option.default}]"
+    return f" [default: {'on' if option.default is True else option.default}]"

@@ -67,6 +67,38 @@ def table(outcomes: Sequence[Outcome], higher_is_better: bool) -> list[dict[str,
     return rows
 
 
+def verdict(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], metric: str, better: bool) -> list[str]:
+    """What the table says in words: the best variant, what may be as good, and what the grid leaves open."""
+    sign = 1 if better else -1
+    good = [row for row in rows if row["learning_rate"] is not None]
+    if not good:
+        return []
+    best = max(good, key=lambda row: sign * row["metric"]["mean"])
+    lines = [f"Best: {best['variant']} at a learning rate of {best['learning_rate']:g}, {metric} "
+             f"{_cell(best['metric'], '')}"]  # fmt: skip
+    if best["metric"]["std"] is None:
+        lines.append("One seed each proves nothing: differences may be chance, --seeds 0,1,2 tells more")
+    else:
+        near = [row["variant"] for row in good if row is not best and _level(best, row)]
+        if near:
+            lines.append(f"Within the spread of the seeds (two standard errors) of it: {', '.join(near)}")
+        elif len(good) > 1:
+            lines.append(f"No other is within the spread of its {best['runs']} seeds (two standard errors)")
+    for row in good:
+        tried = sorted({o["learning_rate"] for o in outcomes if o["variant"] == row["variant"]})
+        if len(tried) > 1 and row["learning_rate"] in (tried[0], tried[-1]):
+            side = "lower" if row["learning_rate"] == tried[0] else "higher"
+            lines.append(f"{row['variant']}: its best rate, {row['learning_rate']:g}, is at the edge of its grid; try "
+                         f"{side} ones too")  # fmt: skip
+    return lines
+
+
+def _level(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two means are within two standard errors of their difference."""
+    error = math.sqrt(sum((row["metric"]["std"] or 0.0) ** 2 / row["runs"] for row in (a, b)))
+    return bool(abs(a["metric"]["mean"] - b["metric"]["mean"]) <= 2 * error)
+
+
 def _spread(values: list[float]) -> dict[str, float | None]:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
@@ -97,7 +129,7 @@ def foot(results: dict[str, Any]) -> list[str]:
         stopped.insert(0, f"{results['unfinished']} runs are not finished")
     if any(row.get("retained") for row in results["table"]):
         stopped.append("forgetting is before - after, of a loss after - before: positive where it has become worse")
-    return stopped + optimizers.limit_lines(results["limits"])
+    return [*results.get("verdict", ()), *stopped, *optimizers.limit_lines(results["limits"])]
 
 
 def _cell(spread: dict[str, float | None] | None, unit: str) -> str:

@@ -209,7 +209,7 @@ class Config:
 
         lines = ["# Run it again: nanoadam finetune config.toml"]
         section = ""
-        for field in FIELDS.values():
+        for field in sorted(FIELDS.values(), key=lambda field: SECTIONS.index(field.metadata["section"])):
             if field.metadata["section"] != section:
                 section = field.metadata["section"]
                 lines += ["", f"[{section}]"]

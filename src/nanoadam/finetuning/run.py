@@ -30,12 +30,12 @@ from nanoadam.finetuning import card, folders, optimizers, outcome, rates, retai
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.folders import RunError
-from nanoadam.finetuning.job import Job, prepare, rows
+from nanoadam.finetuning.job import Job, prepare, rows, with_task
 from nanoadam.finetuning.training import CURE, Diverged, Progress, last_checkpoint
 from nanoadam.reports import run as report
 
 __all__ = ["Diverged", "Job", "Progress", "RunError", "ensure", "last_checkpoint", "prepare", "quiet", "resume", "rows",
-           "run"]  # fmt: skip
+           "run", "with_task"]  # fmt: skip
 
 APPLIED = ("learning_rate", "head_learning_rate", "eps", "max_grad_norm")
 """Keys that may be changed before a run goes on, and hold from then on."""
@@ -118,17 +118,17 @@ def ensure(config: Config, out: Path) -> dict[str, Any]:
         out: a folder of its own: what else is there, or a run of another config, is deleted.
     """
     begun = (out / "config.toml").is_file()
-    if not begun or not _same(config.resolved(), Config(**configs.read(out / "config.toml"))):
+    if not begun or differences(config.resolved(), Config(**configs.read(out / "config.toml"))):
         shutil.rmtree(out, ignore_errors=True)
         return run(config, out)
     results: dict[str, Any] | None = _begun(out).get("results")
     return resume(out) if results is None else results
 
 
-def _same(asked: Config, written: Config) -> bool:
-    """Whether a run was made as asked; what was not given then was found and written."""
+def differences(asked: Config, written: Config) -> list[str]:
+    """Keys in which a run is not as asked; what was not given then was found and written."""
     values = ((key, getattr(asked, key), getattr(written, key)) for key in configs.FIELDS)
-    return all(a == b or (a is None and key in configs.FOUND) for key, a, b in values)
+    return [key for key, a, b in values if a != b and not (a is None and key in configs.FOUND)]
 
 
 def _begun(out: Path) -> dict[str, Any]:
