@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         context = getattr(error, "ctx", None)
         path = getattr(context, "command_path", "nanoadam")
-        return _refuse(f"{str(error.format_message()).rstrip('.')} (see {path} --help)")
+        sentence = str(error.format_message()).rstrip(".")
+        for far in (" (Possible options: ", " Did you mean "):  # what the parser finds near is often not
+            sentence = sentence.partition(far)[0]
+        return _refuse(f"{sentence} (see {path} --help)")
     if result == 130:
         print("nanoadam: interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0

@@ -40,7 +40,7 @@ def page(manifest: dict[str, Any], lines: Lines) -> str:
         pages.table(_scores(manifest)),
         pages.section("The course of the run", pages.charts(_course(manifest, lines))),
         pages.section("What it takes", pages.charts(_costs(manifest, lines))),
-        pages.section("What is left of what was known", pages.charts(_kept(results))),
+        pages.section("What is left of what was known", pages.table(_retained(results)), pages.charts(_kept(results))),
         pages.section("Class by class", _classes(details)),
         pages.section("Examples", _examples(details)),
         pages.section("What to try next", pages.listing(advice(manifest))),
@@ -135,6 +135,12 @@ def _costs(manifest: dict[str, Any], lines: Lines) -> list[str]:
         "was selected need not move, and norms and heads move without being selected.",
     ))  # fmt: skip
     return [memory, share, seconds]
+
+
+def _retained(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = [(name, *(number(values[key]) for key in ("before", "after", "forgetting")))
+            for name, values in results["retained"].items()]  # fmt: skip
+    return [("", "before", "after", "forgetting"), *rows]
 
 
 def _kept(results: dict[str, Any]) -> list[str]:
