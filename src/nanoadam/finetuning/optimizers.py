@@ -44,6 +44,21 @@ def method(name: str) -> baselines.Baseline:
     return BASELINES[name]
 
 
+TYPICAL = {
+    "nanoadam": 6e-4, "adamw": 5e-5, "adamw8bit": 5e-5, "flashadamw": 5e-5, "microadam": 5e-5, "galore": 1e-4,
+    "apollo": 1e-4, "adafactor": 3e-4, "lora": 3e-4, "sgd": 1e-2,
+}  # fmt: skip
+"""Learning rates to begin a search at: of nanoadam at a density of 10 %."""
+
+
+def typical(config: Config) -> float:
+    """A learning rate that is about right for the optimizer, whatever model and data are; the first that is tried."""
+    rate = TYPICAL.get(config.optimizer, 1e-4)
+    if by_nanoadam(config) and config.optimizer == "nanoadam":
+        rate *= (0.1 / max(config.densities[0], 1e-3)) ** 0.5
+    return float(f"{rate:.2g}")
+
+
 def by_nanoadam(config: Config) -> bool:
     """Whether it is NanoAdam that trains, be it adapters: it clips by itself, and the keys of nanoadam count."""
     return config.optimizer == "nanoadam" or options(config).get("trainer") == "nanoadam"
@@ -112,7 +127,7 @@ def _for_trainer(config: Config) -> Made:
     own = {key: value for key, value in options(config).items() if key not in LORA}
     return baselines.for_trainer(
         config.optimizer,
-        config.learning_rate,
+        config.learning_rate if config.learning_rate is not None else typical(config),
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
@@ -123,13 +138,14 @@ def _for_trainer(config: Config) -> Made:
 
 def _nanoadam(config: Config, plan: Plan) -> Made:
     recommended = nanoadam.recommended_intervals(plan.steps_per_epoch)
-    density: float | Schedule = config.density
-    if config.density_end is not None and config.density_schedule != "constant":
+    start, end = config.densities
+    density: float | Schedule = start
+    if end is not None and config.density_schedule != "constant":
         shape = nanoadam.cosine if config.density_schedule == "cosine" else nanoadam.linear
         interval = config.density_interval or recommended.density_interval
-        density = shape(config.density, config.density_end, total_steps=plan.total_steps, interval=interval)
+        density = shape(start, end, total_steps=plan.total_steps, interval=interval)
     return nanoadam.for_trainer(
-        lr=config.learning_rate,
+        lr=config.learning_rate if config.learning_rate is not None else typical(config),
         weight_decay=config.weight_decay,
         head_lr=config.head_learning_rate,
         betas=(config.beta1, config.beta2),
