@@ -124,7 +124,7 @@ def save(
 
 def new_tensors(model: Any) -> list[str]:
     """Tensors of a model that its checkpoint did not have, or had in another shape: as `load_model` noted them."""
-    return sorted(getattr(model, "_nanoadam_new", ()))
+    return sorted(getattr(model, "nanoadam_new", ()))
 
 
 def card(patch: delta.Patch, kind: str) -> str:
