@@ -117,3 +117,33 @@ def test_the_command(files, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["delta", "verify", str(files / "bert"), str(out / "delta"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "base"
+
+
+# Strengths
+
+
+@pytest.mark.parametrize("save", ["delta", "model"])
+def test_a_front_of_strengths(files, tmp_path, capsys, save):
+    out = tmp_path / "run"
+    pairs = "".join(f"{row['text']}\tthe {row['label']} {i}\n" for i, row in enumerate(tiny.sentences(12)))
+    (tmp_path / "pairs.tsv").write_text("question\tanswer\n" + pairs)
+    finetune.run(config(files, save=save, retain=(str(tmp_path / "pairs.tsv"),)), out)
+    results = json.loads((out / "manifest.json").read_text())["results"]
+    assert cli.main(["delta", "front", str(out), "--strengths", "0,0.5,1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["strength"] for row in found["rows"]] == [0, 0.5, 1]
+    base, _, tuned = found["rows"]
+    assert tuned["metrics"]["loss"] == pytest.approx(results["final"]["loss"], rel=1e-5)
+    for name, values in results["retained"].items():
+        (own,) = (key for key in base["retained"] if key.endswith(name.split(": ")[-1]))
+        assert base["retained"][own] == pytest.approx(values["before"])
+        assert tuned["retained"][own] == pytest.approx(values["after"])
+    text = (out / "front.html").read_text()
+    assert "strength" in text
+    assert "<svg" in text
+    assert json.loads((out / "front.json").read_text())["rows"] == found["rows"]
+
+
+def test_a_front_of_what_is_no_run(files, tmp_path, capsys):
+    assert cli.main(["delta", "front", str(tmp_path)]) == 2
+    assert "no run folder" in capsys.readouterr().err

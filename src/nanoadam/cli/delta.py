@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from nanoadam import delta as patches
-from nanoadam.cli.options import Json
-from nanoadam.cli.show import print_rows
+from nanoadam.cli.options import EXTRAS, Json, listed, need
+from nanoadam.cli.show import counting, print_rows
 from nanoadam.delta.sources import Progress as Told
 from nanoadam.text import size
 
@@ -199,3 +199,46 @@ def export(
         print(json.dumps({"out": str(out), **vars(done)}))
     else:
         print(f"{out}: {done.layers} layers with r = {done.rank}, {done.whole} modules whole, {done.weights:,} weights")
+
+
+@app.command(epilog="Example: nanoadam delta front runs/first --retain pairs.tsv")
+def front(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
+    strengths: Annotated[
+        str, typer.Option(help="Separated by commas; 0 is the base, 1 the finetuned model.")
+    ] = "0,0.25,0.5,0.75,1,1.25",
+    retain: Annotated[
+        str | None, typer.Option(help="What must not be forgotten, separated by commas.", show_default="the run's own")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write, and a .json beside it.", show_default="in RUN")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a finetune at several strengths: the new task against what is left of what was known."""
+    need(EXTRAS)
+    from nanoadam.finetuning import folders
+    from nanoadam.finetuning import strengths as fronts
+    from nanoadam.finetuning.run import quiet
+    from nanoadam.reports.verdict import METRICS, number
+
+    quiet()
+    chosen = listed("strengths", strengths, float)
+    kept = listed("retain", retain, str) if retain else ()
+    with counting("reading model and data", silent=as_json) as tell:
+        found = fronts.front(run, chosen, kept, tell)
+    path = out or run / "front.html"
+    folders.write(path, fronts.page(found))
+    folders.write(path.with_suffix(".json"), fronts.as_json(found))
+    if as_json:
+        print(json.dumps({**found, "page": str(path)}))
+        return
+    metric = found["metric"]
+    print_rows([
+        ("strength", METRICS.get(metric, metric), *found["rows"][0]["retained"]),
+        *(
+            (f"{row['strength']:g}", *map(number, (row["metrics"][metric], *row["retained"].values())))
+            for row in found["rows"]
+        ),
+    ])  # fmt: skip
+    print(f"Page: {path}")
