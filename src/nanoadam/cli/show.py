@@ -97,10 +97,10 @@ class _Lines:
         if line.get("event") == "evaluation" and step:
             measured = ", ".join(f"{name} {value:.4g}" for name, value in line["metrics"].items())
             say([f"step {step:,} of {line['total']:,}: {measured}"])
-        elif self._first is not None and now - self._said >= EVERY:
-            done, seconds = step - self._first[0], now - self._first[1]
-            left = f", {duration(seconds / done * (line['total'] - step))} left" if done else ""
-            say([f"step {step:,} of {line['total']:,}{self._loss}{left}"])
+        elif self._first is not None and step > self._first[0] and now - self._said >= EVERY:
+            seconds = (now - self._first[1]) / (step - self._first[0])
+            left = duration(seconds * (line["total"] - step))
+            say([f"step {step:,} of {line['total']:,}{self._loss}, {left} left"])
             self._said = now
 
 

@@ -443,17 +443,15 @@ def _go(
     for key, outcome in done.items():
         if key not in known:
             folders.append(out / "metrics.jsonl", outcome)
-    keeps = manifest.get("keep") == "best"
-    tasks = [_Task(case, out / "runs" / case.name, manifest["metric"]["name"], keeps) for case in cases]
+    tasks = [_Task(case, out / "runs" / case.name, manifest["metric"]["name"]) for case in cases]
     for _, outcome in pool.each(_one, tasks, jobs, _lost, lambda task: tell(str(task.case), len(done), total)):
         folders.append(out / "metrics.jsonl", outcome)
         done[_key(outcome)] = outcome
-        if keeps:
-            _drop_all_but_best(comparison, out, manifest, done)
-    tell("done", total, total)
     results = _results(comparison, manifest, done)
-    if keeps:
-        results["kept"] = _drop_all_but_best(comparison, out, manifest, done)
+    if manifest.get("keep") == "best":
+        tell("the best run again, to keep its model", total, total)
+        results["kept"] = _keep_best(comparison, out, manifest, results)
+    tell("done", total, total)
     manifest = {**manifest, "results": results}
     page = tables.page(f"compare: {comparison.config.task}", _lead(comparison), manifest)
     folders.write(out / "report.html", page)
@@ -461,19 +459,28 @@ def _go(
     return results
 
 
-def _drop_all_but_best(
-    comparison: Comparison, out: Path, manifest: dict[str, Any], done: Mapping[Key, Outcome]
-) -> str | None:
-    """Delete the models of all runs so far but the best one, whose name it returns."""
-    sign = 1 if manifest["metric"]["higher_is_better"] else -1
-    cases = {case.key: case for case in comparison.cases()}
-    good = [key for key, o in done.items() if key in cases and o["metric"] is not None and math.isfinite(o["metric"])]
-    best = max(good, key=lambda key: sign * done[key]["metric"], default=None)
-    for key in done.keys() & cases.keys():
-        folder = out / "runs" / cases[key].name
-        for part in ("checkpoints",) if key == best else ("checkpoints", "model"):
-            shutil.rmtree(folder / part, ignore_errors=True)
-    return None if best is None else cases[best].name
+def _keep_best(comparison: Comparison, out: Path, manifest: dict[str, Any], results: dict[str, Any]) -> str | None:
+    """The run of the best variant, at its rate, with the best seed: made again, with its model. Its name.
+
+    Models of all runs would fill a disk, and which one is wanted is known at the end only.
+    """
+    sign = 1 if results["higher_is_better"] else -1
+    good = [row for row in results["table"] if row["learning_rate"] is not None]
+    if not good:
+        return None
+    row = max(good, key=lambda row: sign * row["metric"]["mean"])
+    best = max(
+        (o for o in results["runs"] if (o["variant"], o["learning_rate"]) == (row["variant"], row["learning_rate"])),
+        key=lambda o: sign * o["metric"],
+    )
+    case = next(case for case in comparison.cases() if case.key == _key(best))
+    folder = out / "runs" / case.name
+    if not (folder / "model").is_dir():
+        again = _one(_Task(case, folder, manifest["metric"]["name"], keep=True))
+        if again.get("metric") is None:
+            raise ValueError(f"the best run, {case.name}, could not be made again: {again.get('stopped')}")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return case.name
 
 
 def _results(comparison: Comparison, manifest: dict[str, Any], done: Mapping[Key, Outcome]) -> dict[str, Any]:

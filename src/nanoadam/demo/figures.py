@@ -110,9 +110,9 @@ def report(demo: Demo, manifest: dict[str, Any], svgs: dict[str, bytes]) -> str:
     )
     grid = ", ".join(f"{lr:g}" for lr in settings.learning_rates)
     foot = [
-        f"Learning rate: {manifest['learning_rate_choice']}; the grid is the same for all ({grid}). Task 1 takes no part "
-        "in the choice. One point per method proves little, so the first figure shows the whole grid. AdamW keeps two "
-        "float32 moments per weight; the gradients counted are those alive between backward and step."
+        f"Learning rate: {manifest['learning_rate_choice']}; the grid is the same for all ({grid}). Task 1 takes no "
+        "part in the choice. One point per method proves little, so the first figure shows the whole grid. AdamW keeps "
+        "two float32 moments per weight; the gradients counted are those alive between backward and step."
     ]
     drawn = [f'<figure class="drawn">{inline(svg)}</figure>' for svg in svgs.values()]
     plain = {key: value for key, value in manifest.items() if key != "results"}

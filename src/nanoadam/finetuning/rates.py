@@ -35,6 +35,9 @@ SHARE = 0.08
 STEPS = (30, 100)
 """A trial's least and most steps; a run that is too short for the least gets no trials."""
 
+LEARNED = 0.99
+"""With more than this share of the loss without any training, a trial has learned nothing."""
+
 HELD = 256
 """Rows that the loss of a trial is measured on."""
 
@@ -118,17 +121,20 @@ def _tried(job: Job, start: float, steps: int, held: int, tell: Progress) -> Fou
         finally:
             _put_back(job.task.model, before)
 
-    trials = search(loss_at, start)
+    trials = search(loss_at, start, _loss_before(job, parts[1]))
     rate = best_of(trials)
     return Found(rate, "tried", tuple(trials), steps, time.perf_counter() - clock)
 
 
-def search(loss_at: Callable[[float], float], start: float) -> list[tuple[float, float]]:
-    """Rates by powers of `FACTOR` from a start, uphill until the loss is worse on both sides of the best.
+def search(loss_at: Callable[[float], float], start: float, before: float = math.inf) -> list[tuple[float, float]]:
+    """Rates by powers of `FACTOR` from a start, until the loss is worse on both sides of the best.
+
+    Where nothing was learned yet, all losses are alike and their order is chance: then it goes up.
 
     Args:
         loss_at: the loss after a trial at a rate; infinite where it diverges.
         start: the first rate.
+        before: the loss without any training.
 
     Returns:
         Pairs of rate and loss, in the order they were tried.
@@ -143,6 +149,9 @@ def search(loss_at: Callable[[float], float], start: float) -> list[tuple[float,
     at(0)
     while len(found) < MOST_TRIALS:
         best = min(found, key=lambda power: (found[power], power))
+        if LEARNED * before < found[best] < math.inf and math.isfinite(found[max(found)]):
+            at(max(found) + 1)
+            continue
         missing = [power for power in (best + 1, best - 1) if power not in found]
         if not missing:
             break
@@ -182,6 +191,14 @@ def _loss_after(job: Job, rate: float, steps: int, rows: Any, held: Any) -> floa
     gc.collect()
     loss = float(measured.get("eval_token_loss", measured["eval_loss"]))
     return loss if math.isfinite(loss) else math.inf
+
+
+def _loss_before(job: Job, held: Any) -> float:
+    """The loss on held rows without any training."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = training.RunTrainer.of(job, training.arguments_for(job, Path(folder), 1), [], held, held)
+        measured = trainer.evaluate()
+    return float(measured.get("eval_token_loss", measured["eval_loss"]))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,20 @@ def label(value: float, unit: str = "") -> str:
     return f"{value:.4g}"
 
 
+def tick_labels(marks: Sequence[float], unit: str = "") -> list[str]:
+    """The labels of ticks, with as many digits as tell them apart."""
+    if unit:
+        return [label(mark, unit) for mark in marks]
+    step = min((b - a for a, b in itertools.pairwise(marks)), default=1.0)
+    if step >= 1 or step <= 0:
+        return [label(mark) for mark in marks]
+    digits = math.ceil(-math.log10(step) - 1e-9)
+    if digits > 4:
+        return [f"{mark:.2g}" for mark in marks]
+    digits += 1 if abs(step * 10**digits - round(step * 10**digits)) > 1e-6 else 0  # steps of 2.5
+    return [f"{mark:.{digits}f}" for mark in marks]
+
+
 def draw(chart: Chart) -> str:
     """A figure: the chart, its legend, its words."""
     series = [s for s in chart.series if any(y is not None and math.isfinite(y) for _, y in s.points)]
@@ -138,10 +153,10 @@ def _grid(
     at: Scale,
 ) -> str:
     parts = []
-    for mark in marks:
+    for mark, text in zip(marks, tick_labels(marks, chart.unit), strict=True):
         y = up(mark)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label(mark, chart.unit)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     parts += [f'<text x="{at(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label(x)}</text>' for x in xs]
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(chart.x)}</text>')

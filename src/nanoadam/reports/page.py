@@ -33,7 +33,7 @@ def whole(title: str, verdict: str, blocks: Sequence[str], notes: Sequence[str] 
     """
     top = f'<p class="verdict">{html.escape(verdict)}</p>' if verdict else ""
     top += f'<p class="lead">{html.escape(lead)}</p>' if lead else ""
-    top += "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    top += f'<div class="note">{paragraphs(notes)}</div>' if notes else ""
     style, script = (resources.files(__package__).joinpath(name).read_text() for name in ("page.css", "page.js"))
     return _PAGE.substitute(title=html.escape(title), style=style, top=top, body="\n".join(blocks), script=script)
 
