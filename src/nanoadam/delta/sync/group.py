@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoadam.delta.bits import DTYPES, flat, nbytes
+from nanoadam.delta.bits import DTYPES, nbytes
 from nanoadam.delta.bits import dtype_name as name_of
 from nanoadam.delta.description import describe, parse
 from nanoadam.delta.entry import Entry
 from nanoadam.delta.errors import DeltaError
-from nanoadam.delta.files import Item
+from nanoadam.delta.files import Item, memory
 from nanoadam.delta.patch import Patch
 from nanoadam.delta.sync.updates import Update
 
 _MAGIC = 0x6E616E6F64656C74
 _BUCKET = 64 << 20
-"""Bytes of small parts that are sent together."""
-
-_ALIGN = 16
+"""Bytes of parts that are sent together, of one dtype."""
 
 
 class GroupChannel:
@@ -54,7 +52,7 @@ class GroupChannel:
     def send(self, update: Update) -> bool:
         """As `Channel.send`."""
         entries = [_listed(entry) for entry in update.patch.values()]
-        parts = [(f"{e.name}#{part}", tensor.contiguous()) for e in entries for part, tensor in e.parts.items()]
+        parts = [(f"{e.name}#{part}", tensor) for e in entries for part, tensor in e.parts.items()]
         text = json.dumps({
             "version": update.version,
             "previous": update.previous,
@@ -63,17 +61,10 @@ class GroupChannel:
         }).encode()  # fmt: skip
         self._broadcast(torch.tensor([_MAGIC, len(text)], dtype=torch.int64))
         self._broadcast(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        sizes = [tensor.nbytes for _, tensor in parts]
-        for bucket in _buckets(sizes):
-            if len(bucket) == 1:
-                self._broadcast(flat(parts[bucket[0]][1]).view(torch.uint8))
-                continue
-            content = torch.empty(sum(_padded(sizes[i]) for i in bucket), dtype=torch.uint8, device=self.device)
-            at = 0
-            for i in bucket:
-                content[at : at + sizes[i]].copy_(flat(parts[i][1]).view(torch.uint8), non_blocking=True)
-                at += _padded(sizes[i])
-            self._broadcast(content)
+        for _, bucket in _buckets([(tensor.dtype, tensor.nbytes) for _, tensor in parts]):
+            rows = [parts[i][1].to(self.device).reshape(-1) for i in bucket]
+            content = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+            self._broadcast(content.view(torch.uint8))
         self._latest = update.version
         return self._confirmed(update.version) == update.version
 
@@ -82,16 +73,17 @@ class GroupChannel:
         magic, length = self._broadcast(torch.empty(2, dtype=torch.int64)).tolist()
         if magic != _MAGIC:
             raise DeltaError("what comes from the group is no update: trainer and servers must make the same calls")
-        text = bytes(self._broadcast(torch.empty(length, dtype=torch.uint8)).cpu().tolist())
-        given = json.loads(text)
+        text = self._broadcast(torch.empty(length, dtype=torch.uint8)).cpu()
+        given = json.loads(bytes(memory(text)))
         items = _items(given["parts"])
-        contents: dict[str, Tensor] = {}
         names = list(items)
-        for bucket in _buckets([item.nbytes for item in items.values()]):
-            mine = {names[i]: items[names[i]] for i in bucket}
-            padded = sum(_padded(item.nbytes) for item in mine.values())
-            size = next(iter(mine.values())).nbytes if len(mine) == 1 else padded
-            contents |= _views(self._broadcast(torch.empty(size, dtype=torch.uint8, device=self.device)), mine)
+        contents: dict[str, Tensor] = {}
+        for dtype, bucket in _buckets([(DTYPES[item.dtype], item.nbytes) for item in items.values()]):
+            counts = [items[names[i]].nbytes // dtype.itemsize for i in bucket]
+            content = torch.empty(sum(counts), dtype=dtype, device=self.device)
+            self._broadcast(content.view(torch.uint8))
+            rows = content.split(counts)
+            contents |= {names[i]: row.view(items[names[i]].shape) for i, row in zip(bucket, rows, strict=True)}
         about, entries = parse(given["patch"], items, "the update", listed=True)
         filled = {
             entry.name: replace(entry, parts={part: contents[f"{entry.name}#{part}"] for part in entry.parts})
@@ -124,22 +116,21 @@ def _listed(entry: Entry) -> Entry:
     return replace(entry, parts={"positions": small, "values": entry.values}, bits=0)
 
 
-def _padded(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
-
-
-def _buckets(sizes: list[int]) -> Iterator[list[int]]:
-    """Which parts go together, in order: the same on both sides."""
-    bucket: list[int] = []
-    held = 0
-    for i, size in enumerate(sizes):
-        if bucket and held + size > _BUCKET:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(i)
-        held += size
-    if bucket:
-        yield bucket
+def _buckets(parts: Sequence[tuple[torch.dtype, int]]) -> Iterator[tuple[torch.dtype, list[int]]]:
+    """Which parts go together, by their dtypes and bytes: the same on both sides."""
+    for dtype in dict.fromkeys(dtype for dtype, _ in parts):
+        bucket: list[int] = []
+        held = 0
+        for i, (own, size) in enumerate(parts):
+            if own != dtype:
+                continue
+            if bucket and held + size > _BUCKET:
+                yield dtype, bucket
+                bucket, held = [], 0
+            bucket.append(i)
+            held += size
+        if bucket:
+            yield dtype, bucket
 
 
 def _items(parts: list[list[object]]) -> dict[str, Item]:
@@ -148,13 +139,3 @@ def _items(parts: list[list[object]]) -> dict[str, Item]:
         assert isinstance(name, str) and isinstance(dtype, str) and isinstance(shape, list)
         items[name] = Item(dtype, tuple(shape), 0, nbytes(DTYPES[dtype], tuple(shape)))
     return items
-
-
-def _views(content: Tensor, items: Mapping[str, Item]) -> dict[str, Tensor]:
-    views, at = {}, 0
-    for name, item in items.items():
-        part = content[at : at + item.nbytes]
-        dtype = DTYPES[item.dtype]
-        views[name] = part.view(dtype).view(item.shape) if item.nbytes else part.new_empty(item.shape, dtype=dtype)
-        at += _padded(item.nbytes)
-    return views
