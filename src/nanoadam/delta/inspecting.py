@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoadam.delta import ops
-from nanoadam.delta.bits import NAMES
+from nanoadam.delta.bits import NAMES, nbytes
 from nanoadam.delta.diffing import name_key
 from nanoadam.delta.entry import KINDS, Entry
 from nanoadam.delta.hashing import as_hex, signed
@@ -97,43 +97,42 @@ def verify(model: Any, patch: Patch | str | os.PathLike[str], *, progress: Progr
     Args:
         model: a module, a state dict or the path of a saved model.
         patch: a patch, or its path; the file is held against its SHA-256.
-        progress: told how far it is, in tensors.
+        progress: told how far it is.
 
     Raises:
         DeltaError: if the patch or the model cannot be read.
     """
     found, tensors = as_patch(patch), tensors_of(model)
-    names = {other: entry for entry in found.values() for other in (entry.name, *entry.tied)}
+    sizes = [nbytes(*tensors.form(name)) for name in tensors.names()]
+    states: dict[str, list[str]] = {state: [] for state in ("base", "tuned", "same", "other", "unknown")}
+    entries = {other: entry for entry in found.values() for other in (entry.name, *entry.tied)}
     untouched = {} if found.untouched is None else dict(found.untouched.tolist())
-    base = tuned = same = 0
-    other: list[str] = []
-    unknown: list[str] = []
-    seen: set[str] = set()
-    for done, name in enumerate(tensors.names(), 1):
+    missing = dict(found)
+    for i, name in enumerate(tensors.names()):
         every = (name, *tensors.tied.get(name, ()))
-        entry = next(
-            (names[each] for each in (*every, *(found.prefix + each for each in every)) if each in names), None
-        )
-        if entry is not None:
-            seen.add(entry.name)
-            what = _state(tensors, name, entry)
-            base, tuned = base + (what == "base"), tuned + (what == "tuned")
-            other += [name] if what == "other" else []
-        else:
-            own = [each.removeprefix(prefix) for each in every for prefix in ("", found.prefix)]
+        names = (*every, *(found.prefix + each for each in every))
+        entry = next((entries[each] for each in names if each in entries), None)
+        if entry is None:
+            own = (*every, *(each.removeprefix(found.prefix) for each in every))
             known = next((untouched[name_key(each)] for each in own if name_key(each) in untouched), None)
-            if known is None:
-                unknown.append(name)
-            elif signed(ops.hash_all([tensors.tensor(name)])[0]) == known:
-                same += 1
-            else:
-                other.append(name)
+            state = _left_alone(tensors, name, known)
+        else:
+            state = _state(tensors, name, entry)
+            missing.pop(entry.name, None)
+        states[state].append(name)
         if progress is not None:
-            progress(done, len(tensors.names()))
-    missing = [entry.name for entry in found.values() if entry.name not in seen]
-    base += sum(found[name].kind == "new" for name in missing)
-    other += [name for name in missing if found[name].kind != "new"]
-    return Verdict(base, tuned, same, tuple(other), tuple(unknown))
+            progress(sum(sizes[: i + 1]), sum(sizes))
+    for name, entry in missing.items():
+        states["base" if entry.kind == "new" else "other"].append(name)
+    base, tuned, same = (len(states[state]) for state in ("base", "tuned", "same"))
+    return Verdict(base, tuned, same, tuple(states["other"]), tuple(states["unknown"]))
+
+
+def _left_alone(tensors: Tensors, name: str, known: int | None) -> str:
+    """What a tensor without an entry is; `known` is the base's hash."""
+    if known is None:
+        return "unknown"
+    return "same" if signed(ops.hash_all([tensors.tensor(name)])[0]) == known else "other"
 
 
 def _state(tensors: Tensors, name: str, entry: Entry) -> str:
