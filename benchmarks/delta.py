@@ -174,10 +174,17 @@ def applying(model: nn.Module, base: dict[str, Tensor], patch: delta.Patch, cloc
             delta.revert(model, verify=False)
 
     host = patch.to("cpu")
+    pinned = host.pin_memory() if torch.cuda.is_available() else None
     for verify in (True, False):
         checked = "checked" if verify else "unchecked"
         clock(f"apply from the device, {checked}", lambda v=verify: delta.apply(model, patch, verify=v), back)
         clock(f"apply from the host, {checked}", lambda v=verify: delta.apply(model, host, verify=v), back)
+        if pinned is not None:
+            clock(
+                f"apply from the host's pinned memory, {checked}",
+                lambda v=verify: delta.apply(model, pinned, verify=v),
+                back,
+            )
     clock("revert, checked", lambda: delta.revert(model), lambda: (back(), delta.apply(model, patch, verify=False)))
     back()
     switch = delta.Switch(model)

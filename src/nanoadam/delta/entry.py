@@ -113,7 +113,8 @@ class Entry:
 
     def to(self, device: torch.device | str) -> Entry:
         """The same with its parts on a device."""
-        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+        ahead = torch.device(device).type != "cpu"  # to the host, nobody would wait for the end of the copy
+        return replace(self, parts={name: part.to(device, non_blocking=ahead) for name, part in self.parts.items()})
 
     def with_values(self, values: Tensor, *, base: int | None, result: int | None) -> Entry:
         """Other values for the same weights."""

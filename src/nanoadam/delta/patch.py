@@ -74,6 +74,14 @@ class Patch(Mapping[str, Entry]):
             return replace(self, entries=self.entries.to(device))
         return replace(self, entries={name: entry.to(device) for name, entry in self.items()})
 
+    def pin_memory(self) -> Patch:
+        """The same in page-locked memory of the host, from where a GPU fetches it several times faster."""
+        entries = {
+            name: replace(entry, parts={key: part.cpu().pin_memory() for key, part in entry.parts.items()})
+            for name, entry in self.items()
+        }
+        return replace(self, entries=entries)
+
     def about(self) -> About:
         """All but the entries."""
         return About(self.base, self.prefix, self.removed, self.untouched, self.notes)
