@@ -219,6 +219,59 @@ def test_memory_is_bounded_by_a_bit_a_weight():
     assert kept <= numel // 8 + 1 + numel // 8
 
 
+def test_what_was_frozen_after_it_was_trained_is_sent():
+    model = Tiny()
+    server = copy.deepcopy(model)
+    optimizer = make(model)
+    recorder = delta.Recorder(model, optimizer)
+    step(model, optimizer, 0)
+    for frozen in (model.wide.weight, model.norm.weight):
+        frozen.requires_grad_(False)
+    step(model, optimizer, 1)
+    delta.apply(server, recorder.patch())
+    assert same(server.state_dict(), model.state_dict())
+    step(model, optimizer, 2)
+    patch = recorder.patch()
+    assert "wide.weight" not in patch
+    delta.apply(server, patch)
+    assert same(server.state_dict(), model.state_dict())
+
+
+def test_whole_columns():
+    """What an optimizer that selects columns says of them; the weights are moved here."""
+
+    class Columns(nanoadam.NanoAdam):
+        chosen = torch.tensor([3, 7])
+
+        def columns(self, parameter):
+            return self.chosen if parameter is model.wide.weight else None
+
+    model = Tiny()
+    server = copy.deepcopy(model)
+    optimizer = Columns(nanoadam.param_groups(model), lr=1e-3, density=0.01)
+    recorder = delta.Recorder(model, optimizer)
+
+    def move(columns):
+        optimizer.chosen = torch.tensor(columns)
+        with torch.no_grad():
+            model.wide.weight[:, columns] += 0.5
+        for group in optimizer.param_groups:
+            group["steps"] += 1
+
+    move([3, 7])
+    patch = recorder.patch()
+    assert (patch["wide.weight"].kind, patch["wide.weight"].parts["columns"].tolist()) == ("columns", [3, 7])
+    delta.apply(server, patch)
+    move([3, 7])
+    recorder._note([model.wide.weight])  # before the selection is replaced
+    move([0, 7, 23])
+    patch = recorder.patch()
+    assert patch["wide.weight"].parts["columns"].tolist() == [0, 3, 7, 23]
+    delta.apply(server, patch)
+    assert torch.equal(server.wide.weight, model.wide.weight)
+    assert "wide.weight" not in recorder.patch()
+
+
 def test_what_is_refused():
     model = Tiny()
     with pytest.raises(DeltaError, match="AdamW"):

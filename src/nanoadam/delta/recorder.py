@@ -49,11 +49,14 @@ class Recorder:
             )
         self.model, self.optimizer, self.base, self.verify = model, optimizer, base, verify
         self._touched: dict[Tensor, _Touched] = {}
+        self._columns: dict[Tensor, Tensor] = {}  # of replaced selections: bool [columns]
+        self._trained: set[Tensor] = set()
         self._steps: list[int] = []
         self._hashes: dict[str, int] = {}
         self._unknown: set[str] = set()
         self._handles = [
             optimizer.register_selection_pre_hook(lambda _, parameters: self._note(parameters)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
             optimizer.register_load_state_dict_post_hook(lambda *_: self.reseed()),
         ]
         self._check()
@@ -126,20 +129,26 @@ class Recorder:
             )
 
     def _sort(self, tensors: Memory) -> _Moving:
-        """The tensors of the model by how they may move; frozen ones do not."""
-        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        """The tensors of the model by how they may have moved; what is frozen has not, unless it was trained before."""
         moving = _Moving()
         for name in tensors.names():
             tensor = tensors.own(name)
-            group = group_of.get(id(tensor))
-            if group is not None and tensor.requires_grad and "index" in self.optimizer.state.get(tensor, {}):
+            if isinstance(tensor, nn.Parameter) and not (tensor.requires_grad or tensor in self._trained):
+                continue
+            if "index" in self.optimizer.state.get(tensor, {}):
                 moving.selected[name] = tensor
-            elif not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+            else:
                 moving.whole.append(name)
         return moving
 
+    def _after_step(self) -> None:
+        """Note what was trained, in case it is frozen before the next call."""
+        self._trained.update(p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
+
     def _forget(self) -> None:
         self._touched.clear()
+        self._columns.clear()
+        self._trained.clear()
         self._steps = [group["steps"] for group in self.optimizer.param_groups]
 
     def _has_moved(self, i: int) -> bool:
@@ -147,9 +156,9 @@ class Recorder:
         group = self.optimizer.param_groups[i]
         return i >= len(self._steps) or group["steps"] != self._steps[i] or bool(group["capturable"])
 
-    def _moved(self) -> dict[Tensor, Selection]:
-        """The present selections of weights that steps have moved since the last call."""
-        found = {}
+    def _moved(self) -> dict[Tensor, Selection | Tensor]:
+        """The present selections of what steps have moved since the last call; of whole columns, which ones."""
+        found: dict[Tensor, Selection | Tensor] = {}
         for i, group in enumerate(self.optimizer.param_groups):
             for parameter in group["params"] if self._has_moved(i) else ():
                 selection = self._selection(parameter)
@@ -157,7 +166,11 @@ class Recorder:
                     found[parameter] = selection
         return found
 
-    def _selection(self, parameter: Tensor) -> Selection | None:
+    def _selection(self, parameter: Tensor) -> Selection | Tensor | None:
+        columns = getattr(self.optimizer, "columns", None)  # where the optimizer selects whole columns
+        chosen: Tensor | None = None if columns is None else columns(parameter)
+        if chosen is not None:
+            return chosen
         slot = self.optimizer._slots.get(parameter)
         return None if slot is None else slot.selection
 
@@ -165,31 +178,44 @@ class Recorder:
         """Keep the selections of parameters that are about to be replaced."""
         moved = self._moved()
         for parameter in parameters:
-            if parameter in moved:
-                old = moved[parameter]
+            old = moved.get(parameter)
+            if isinstance(old, Tensor):
+                self._columns[parameter] = self._marked(parameter, old)
+            elif old is not None:
                 kept = Selection(old.index.clone(), old.layout)
                 self._touched.setdefault(parameter, _Touched()).add(kept, parameter.detach())
 
-    def _places(self, selected: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Positions that may have moved, and the values there, by name."""
+    def _marked(self, parameter: Tensor, columns: Tensor) -> Tensor:
+        """The columns that were selected before, and these: bool."""
+        before = self._columns.get(parameter)
+        marks = torch.zeros(parameter.shape[-1], dtype=torch.bool, device=parameter.device)
+        marks = marks if before is None else before.to(parameter.device, copy=True)
+        return marks.index_fill_(0, columns.to(torch.int64), True)
+
+    def _places(self, selected: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What may have moved, as parts of entries, by name."""
         moved = self._moved()
-        found: dict[str, tuple[Tensor, Tensor]] = {}
-        by_device: dict[torch.device, list[str]] = {}
+        found: dict[str, dict[str, Tensor]] = {}
+        alone: dict[torch.device, dict[str, Selection]] = {}
         for name, parameter in selected.items():
-            if parameter in self._touched:
-                weight = parameter.detach()
-                positions = self._touched[parameter].positions(weight, moved.get(parameter))
+            weight, present = parameter.detach(), moved.get(parameter)
+            if isinstance(present, Tensor) or parameter in self._columns:
+                now = weight.new_empty(0, dtype=torch.int64) if present is None else present
+                assert isinstance(now, Tensor)
+                columns = self._marked(parameter, now).nonzero().view(-1)
+                values = weight.reshape(-1, weight.shape[-1])[:, columns].contiguous()
+                found[name] = {"columns": columns.to(torch.int32), "values": values}
+            elif parameter in self._touched:
+                positions = self._touched[parameter].positions(weight, present)
                 values = extent(weight)[offsets(positions.to(torch.int64), weight)].view(weight.dtype)
-                found[name] = positions, values
-            elif parameter in moved:
-                by_device.setdefault(parameter.device, []).append(name)
-        for device, names in by_device.items():
-            own = [moved[selected[name]] for name in names]
-            weights = [selected[name].detach() for name in names]
-            collected = ops.backend(device).collect(
-                weights, [each.index for each in own], [each.layout for each in own]
-            )
-            found.update(zip(names, collected, strict=True))
+                found[name] = {"positions": positions, "values": values}
+            elif present is not None:
+                alone.setdefault(weight.device, {})[name] = present
+        for device, mine in alone.items():
+            weights = [selected[name].detach() for name in mine]
+            indices, layouts = [each.index for each in mine.values()], [each.layout for each in mine.values()]
+            collected = ops.backend(device).collect(weights, indices, layouts)
+            found |= {name: {"positions": p, "values": v} for name, (p, v) in zip(mine, collected, strict=True)}
         return {name: found[name] for name in selected if name in found}
 
 
@@ -241,21 +267,16 @@ def _unpack(mask: Tensor, numel: int) -> Tensor:
 
 
 def _entry(
-    name: str,
-    tensors: Memory,
-    places: tuple[Tensor, Tensor] | None,
-    before: int | None,
-    after: int | None,
-    copy: bool,
+    name: str, tensors: Memory, parts: dict[str, Tensor] | None, before: int | None, after: int | None, copy: bool
 ) -> Entry:
     """What a tensor has become. Positions stay as they are: they are coded when the patch is saved."""
     tensor = tensors.tensor(name)
-    tied = tensors.tied.get(name, ())
-    size, numel = tensor.element_size(), tensor.numel()
-    common: dict[str, Any] = {"base": before, "result": after, "tied": tied}
-    if places is not None and places[0].numel() * (size + 1.1) < numel * size:
-        positions, values = places
-        parts = {"positions": positions, "values": values}
-        return Entry(name, "sparse", tensor.dtype, tuple(tensor.shape), parts, positions.numel(), **common)
+    common: dict[str, Any] = {"base": before, "result": after, "tied": tensors.tied.get(name, ())}
+    form = (tensor.dtype, tuple(tensor.shape))
+    if parts is not None:
+        count = parts["values"].numel()
+        kind, per_weight = ("columns", 0.0) if "columns" in parts else ("sparse", 1.1)
+        if count * (tensor.element_size() + per_weight) < tensor.nbytes:
+            return Entry(name, kind, *form, parts, count, **common)
     values = tensor.clone(memory_format=torch.contiguous_format) if copy else tensor.contiguous()
-    return Entry(name, "dense", tensor.dtype, tuple(tensor.shape), {"values": values}, numel, **common)
+    return Entry(name, "dense", *form, {"values": values}, values.numel(), **common)
