@@ -254,6 +254,10 @@ class NanoAdam(Optimizer):
         A second first gradient means that the one before was thrown away: weights may have changed since.
         """
         slot = self._slots.get(parameter)
+        groups = len(self.param_groups) == len(self._members)
+        if slot is None or not groups or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
+            self._follow()
+            slot = self._slots.get(parameter)
         if slot is None or slot.selection is None or not self._releases(i := self._group_of[parameter]):
             return None
         checks.check_gradient(slot.name, gradient)
