@@ -42,11 +42,13 @@ class Run:
     density: tuple[float, float] = (0.1, 0.04)
     head_lr: float | None = None
     steps: int | None = None  # a trial of so many; by default three epochs
+    rule: bool = False  # the rate is found as the command finds it
 
     @property
     def name(self) -> str:
         share = f" {self.density[0]:g}-{self.density[1]:g}" if self.optimizer == "nanoadam" else ""
-        return f"{self.task} {self.optimizer}{share} lr {self.lr:g} head {self.head_lr} steps {self.steps} #{self.seed}"
+        what = f"{'rule ' * self.rule}{self.task} {self.optimizer}{share}"
+        return f"{what} lr {self.lr:g} head {self.head_lr} steps {self.steps} #{self.seed}"
 
 
 # Which tasks a model has, and how many training rows of each are used.
@@ -60,7 +62,15 @@ MIDDLE = {"minilm": (6e-4, 2.4e-3, 4e-5), "llama": (2e-3, 8e-3, 5e-4), "mobilene
 
 
 def plan(model: str) -> list[Run]:
-    """In the order of what matters most."""
+    """In the order of what matters most; first what the command would do with nothing given."""
+    tasks = list(TASKS[model])
+    first = [Run(task, "nanoadam", 0.0, seed, rule=True) for seed in (0, 1, 2) for task in tasks]
+    first += [Run(task, "adamw", 0.0, seed, rule=True) for seed in (0, 1, 2) for task in tasks]
+    return first + grids(model)
+
+
+def grids(model: str) -> list[Run]:
+    """Full runs and trials at rates that are given."""
     tasks = list(TASKS[model])
     ten, one, adam = MIDDLE[model]
     runs: list[Run] = []
@@ -355,20 +365,24 @@ class Task:
             return total, None, (targets != -100).sum()
         return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum"), (logits, labels), len(labels)
 
-    def measure(self, model: Any, rows: int | None = None) -> dict[str, float]:
-        """Loss, and for classifiers accuracy and Matthews correlation."""
+    def measure(
+        self, model: Any, rows: int | None = None, split: str = "dev", chosen: Sequence[int] | None = None
+    ) -> dict[str, float]:
+        """Loss, and for classifiers accuracy and Matthews correlation; of some rows."""
         import torch
 
-        count = len(self.splits["dev"][1])
-        chosen = list(range(count)) if rows is None or rows >= count else random.Random(0).sample(range(count), rows)
+        count = len(self.splits[split][1])
+        if chosen is None:
+            chosen = range(count) if rows is None or rows >= count else random.Random(0).sample(range(count), rows)
+        chosen = list(chosen)
         size = 64 if self.kind == "llama" else 250
         if self.kind != "mobilenet":
-            chosen.sort(key=lambda i: len(self.splits["dev"][0][i]))
+            chosen.sort(key=lambda i: len(self.splits[split][0][i]))
         model.eval()
         total, over, guesses, labels = 0.0, 0, [], []
         with torch.no_grad():
             for start in range(0, len(chosen), size):
-                loss, pair, n = self.loss(model, "dev", chosen[start : start + size])
+                loss, pair, n = self.loss(model, split, chosen[start : start + size])
                 total, over = total + loss, over + n
                 if pair is not None:
                     guesses.append(pair[0].argmax(-1))
@@ -404,15 +418,63 @@ def batches(order: Sequence[int], seed: int) -> Iterator[list[int]]:
 
 def do(task: Task, run: Run, deadline: float) -> dict[str, Any] | None:
     """One line, or None where the time was over."""
+    began = time.perf_counter()
+    per_epoch = max(1, len(task.order) // BATCH)
+    steps = run.steps or round(EPOCHS * per_epoch)
+    more: dict[str, Any] = {}
+    if run.rule:
+        found = find(task, run, steps, deadline)
+        if found is None:
+            return None
+        run, more = dataclasses.replace(run, lr=found["rate"]), found
+    trained = train(task, run, task.order, steps, per_epoch, deadline)
+    if trained is None:
+        return None
+    model, losses, evaluations = trained
+    final = None if model is None else task.measure(model)
+    return {**dataclasses.asdict(run), "model": task.kind, "total": steps, "losses": losses, "epochs": evaluations,
+            "final": final, **more, "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+
+
+def find(task: Task, run: Run, steps: int, deadline: float) -> dict[str, Any] | None:
+    """The rate that `nanoadam finetune` would find, and the trials."""
+    from nanoadam.finetuning import optimizers, search
+    from nanoadam.finetuning.config import Config
+
+    config = Config(model="-", train="-", optimizer=run.optimizer)
+    short = search.trial_steps(steps)
+    if not short:
+        return {"rate": optimizers.typical(config, steps), "trials": []}
+    order = random.Random(run.seed).sample(task.order, len(task.order))
+    held = min(512, len(order) // 4)
+    late = False
+
+    def loss_at(rate: float) -> float:
+        nonlocal late
+        trial = dataclasses.replace(run, lr=rate, steps=short)
+        trained = train(task, trial, order[held:], short, max(1, len(task.order) // BATCH), deadline)
+        late = late or trained is None
+        if trained is None or trained[0] is None:
+            return float("inf")
+        return task.measure(trained[0], split="train", chosen=order[:held])["loss"]
+
+    at, full = (optimizers.typical(config, count) for count in (short, steps))
+    trials = search.search(loss_at, at)
+    if late:
+        return None
+    return {"rate": search.best_of(trials, at) * full / at, "trials": trials, "trial_steps": short}
+
+
+def train(
+    task: Task, run: Run, order: Sequence[int], steps: int, per_epoch: int, deadline: float
+) -> tuple[Any, list[float], dict[int, Any]] | None:
+    """The model (None if it diverged), training losses by tens of steps, evaluations; None where the time was over."""
     import torch
 
     import nanoadam
 
-    began = time.perf_counter()
     task.generator = torch.Generator().manual_seed(run.seed)
     model = task.fresh(run.seed).train()
-    per_epoch = max(1, len(task.order) // BATCH)
-    steps = run.steps or round(EPOCHS * per_epoch)
     groups = nanoadam.param_groups(model, head_lr=run.head_lr)
     if run.optimizer == "nanoadam":
         start, end = run.density
@@ -430,7 +492,7 @@ def do(task: Task, run: Run, deadline: float) -> dict[str, Any] | None:
         optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
     )
     losses, block, evaluations = [], [], {}
-    rows = batches(task.order, run.seed)
+    rows = batches(order, run.seed)
     for step in range(1, steps + 1):
         total, _, count = task.loss(model, "train", next(rows))
         loss = total / count
@@ -443,14 +505,12 @@ def do(task: Task, run: Run, deadline: float) -> dict[str, Any] | None:
             losses.append(round(float(torch.stack(block).mean()), 4))
             block = []
             if losses[-1] != losses[-1]:
-                break
+                return None, losses, evaluations
             if time.time() > deadline:
                 return None
         if run.steps is None and step % per_epoch == 0 and step < steps:
             evaluations[step] = task.measure(model, 640)
-    final = task.measure(model) if losses[-1] == losses[-1] else None
-    return {**dataclasses.asdict(run), "model": task.kind, "total": steps, "losses": losses, "epochs": evaluations,
-            "final": final, "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+    return model, losses, evaluations
 
 
 def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> None:

@@ -38,9 +38,7 @@ def compare(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Each run is repeated with each.", show_default="0,1,2")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own, over all visible GPUs.")] = 1,
-    keep: Annotated[
-        str, typer.Option(help="best: makes the best run again and keeps its model.")
-    ] = "none",
+    keep: Annotated[str, typer.Option(help="best: makes the best run again and keeps its model.")] = "none",
     resume: Annotated[
         Path | None,
         typer.Option(

@@ -76,6 +76,8 @@ def task_of(rows: Dataset, config: Config, architecture: str) -> str:
         return "image-classification"
     if config.messages_column or config.prompt_column or config.completion_column:
         return "causal-lm"
+    if names.keys() & set(TOKENS) and names.keys() & set(TAGS):
+        return "token-classification"
     label = config.label_column or next((names[n] for n in LABEL if n in names), None)
     generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     if label in rows.column_names and not (generates and names.keys() & set(COMPLETION) - {label}):

@@ -258,6 +258,10 @@ def _table(path: Path, text: str, delimiter: str, quoting: int, columns: Sequenc
     if not columns or _is_header(path, rows[0], columns):
         del rows[0], lines[0]
     for fields, number in zip(rows, lines, strict=True):
+        if fields == names and len(names) > 1:
+            raise ValueError(
+                f"line {number} of {path} names the columns again, as two tables in one file do: remove it"
+            )
         if len(fields) != len(names):
             raise ValueError(_ragged(path, number, len(fields), names, delimiter, bool(columns)))
     values = {name: [row[i] or None for row in rows] for i, name in enumerate(names)}

@@ -45,16 +45,23 @@ def method(name: str) -> baselines.Baseline:
 
 
 TYPICAL = {
-    "nanoadam": 6e-4, "adamw": 5e-5, "adamw8bit": 5e-5, "flashadamw": 5e-5, "microadam": 5e-5, "galore": 1e-4,
+    "nanoadam": 5e-4, "adamw": 4e-5, "adamw8bit": 4e-5, "flashadamw": 4e-5, "microadam": 4e-5, "galore": 1e-4,
     "apollo": 1e-4, "adafactor": 3e-4, "lora": 3e-4, "sgd": 1e-2,
 }  # fmt: skip
-"""Learning rates to begin a search at: of nanoadam at a density of 10 %."""
+"""Learning rates that were about right in runs of `TYPICAL_STEPS`; that of nanoadam at a density of 10 %."""
+
+TYPICAL_STEPS = 1500
+SHORTENED = 1 / 3
+"""A run of an eighth of the steps takes steps of twice the length."""
 
 
-def typical(config: Config) -> float:
-    """A learning rate that is about right for the optimizer, whatever model and data are; the first that is tried."""
-    rate = TYPICAL.get(config.optimizer, 1e-4)
-    if by_nanoadam(config) and config.optimizer == "nanoadam":
+def typical(config: Config, steps: int = TYPICAL_STEPS) -> float:
+    """A learning rate that is about right for the optimizer and the length of a run, whatever model and data are.
+
+    It goes with the inverse root of the density and the inverse cube root of the steps: docs/results/defaults.md.
+    """
+    rate = TYPICAL.get(config.optimizer, 1e-4) * (TYPICAL_STEPS / min(max(steps, 20), 20_000)) ** SHORTENED
+    if config.optimizer == "nanoadam":
         rate *= (0.1 / max(config.densities[0], 1e-3)) ** 0.5
     return float(f"{rate:.2g}")
 
@@ -145,7 +152,7 @@ def _nanoadam(config: Config, plan: Plan) -> Made:
         interval = config.density_interval or recommended.density_interval
         density = shape(start, end, total_steps=plan.total_steps, interval=interval)
     return nanoadam.for_trainer(
-        lr=config.learning_rate if config.learning_rate is not None else typical(config),
+        lr=config.learning_rate if config.learning_rate is not None else typical(config, plan.total_steps),
         weight_decay=config.weight_decay,
         head_lr=config.head_learning_rate,
         betas=(config.beta1, config.beta2),

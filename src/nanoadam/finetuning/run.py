@@ -232,6 +232,7 @@ def _run(
         lines = folders.read_lines(out / "metrics.jsonl")
     if trainer.seen is None:
         trainer.evaluate()
+    job.task.finish()
     whole = merge_lora(model)
     results = {
         **outcome.measured(job, lines),

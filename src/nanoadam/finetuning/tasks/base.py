@@ -75,6 +75,9 @@ class Task(abc.ABC):
     def measure(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics of a split."""
 
+    def finish(self) -> None:  # noqa: B027 # most have nothing to put back
+        """Put back what training needed otherwise, before the model is saved."""
+
     def baseline(self) -> dict[str, float]:
         """The metrics of the best answer that is the same for all rows; none where there is no such thing."""
         return {}

@@ -54,6 +54,10 @@ class CausalLM(Task):
         if config.label_smoothing and config.packing:
             raise ValueError("label_smoothing does not go with packing: leave out one")
         self.model = models.load_model(config)
+        self._cache = getattr(self.model.config, "use_cache", None)
+        if config.packing:
+            # With a cache transformers takes the packed rows for one, and they see each other.
+            self.model.config.use_cache = False
         self._limit = sequence_limit(config, self.model, self.processor)
         self.train, self.validation = self.encoded(config, train, validation)
         self.collator = self._collator()
@@ -72,6 +76,11 @@ class CausalLM(Task):
         if self._config.packing:
             return DataCollatorWithFlattening()  # type: ignore[no-untyped-call]  # one sequence; positions begin anew, and attention stays within a row
         return DataCollatorForSeq2Seq(self.processor, padding=True, label_pad_token_id=-100)
+
+    def finish(self) -> None:
+        """The cache is for generation."""
+        if self._cache is not None:
+            self.model.config.use_cache = self._cache
 
     def encode(self, split: Split) -> Dataset:
         """Tokens, with no label where there is no loss."""
