@@ -15,14 +15,15 @@ from torch import Tensor
 from nanoadam.chunks import Layout
 from nanoadam.delta.coding import Coded
 from nanoadam.delta.entry import Entry
+from nanoadam.delta.hashing import total
 from nanoadam.delta.jobs import Found, Job
 
 
 class Backend(Protocol):
     """The operations. All tensors of a call are on one device; lists may be empty."""
 
-    def hash_all(self, tensors: Sequence[Tensor]) -> list[int]:
-        """The hash of each tensor, from 0 to 2**64 - 1."""
+    def hashes(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The hash of each tensor: int64 [tensors], on the device, which nobody waits for."""
 
     def inspect(self, jobs: Sequence[Job], *, hashed: bool) -> list[Found]:
         """Look at what would be changed, and change nothing.
@@ -86,9 +87,23 @@ def _by_device(
     return [results[i] for i in range(len(items))]
 
 
+def hash_later(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
+    """Have tensors hashed, whatever their devices; who calls the result waits for them."""
+    places: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(i)
+    started = [(mine, backend(device).hashes([tensors[i] for i in mine])) for device, mine in places.items()]
+
+    def results() -> list[int]:
+        found = {i: total(value) for mine, values in started for i, value in zip(mine, values.tolist(), strict=True)}
+        return [found[i] for i in range(len(tensors))]
+
+    return results
+
+
 def hash_all(tensors: Sequence[Tensor]) -> list[int]:
-    """The hash of each tensor, whatever its device."""
-    return _by_device(tensors, lambda tensor: tensor.device, lambda own, mine: own.hash_all([tensors[i] for i in mine]))
+    """The hash of each tensor, from 0 to 2**64 - 1, whatever its device."""
+    return hash_later(tensors)()
 
 
 def inspect(jobs: Sequence[Job], *, hashed: bool) -> list[Found]:

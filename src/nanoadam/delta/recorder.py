@@ -93,11 +93,13 @@ class Recorder:
         """
         tensors = self._tensors()
         moving = self._sort(tensors)
-        places = self._places(moving.selected)
-        sent = [*places, *moving.whole, *sorted(self._unknown - set(places) - set(moving.whole))]
-        hashes: Mapping[str, int | None] = dict.fromkeys(sent)
-        if self.verify:
-            hashes = dict(zip(sent, ops.hash_all([tensors.tensor(name) for name in sent]), strict=True))
+        moved = self._moved()
+        touched = [n for n, p in moving.selected.items() if p in moved or p in self._touched or p in self._columns]
+        sent = [*touched, *moving.whole, *sorted(self._unknown - set(touched) - set(moving.whole))]
+        hashing = ops.hash_later([tensors.tensor(name) for name in sent]) if self.verify else None
+        places = self._places({name: moving.selected[name] for name in touched})  # while the device hashes
+        found: Sequence[int | None] = [None] * len(sent) if hashing is None else hashing()
+        hashes = dict(zip(sent, found, strict=True))
         entries = {}
         for name in sent:
             before, after = self._hashes.get(name), hashes[name]

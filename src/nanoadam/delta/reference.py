@@ -19,9 +19,8 @@ _PIECE = 1 << 24
 """Weights compared at a time."""
 
 
-def hash_all(tensors: Sequence[Tensor]) -> list[int]:
-    hashes = [hash_tensor(tensor) for tensor in tensors]
-    return [total(value) for value in torch.stack(hashes).tolist()] if hashes else []
+def hashes(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([hash_tensor(tensor) for tensor in tensors])
 
 
 def _places(job: Job) -> Tensor:

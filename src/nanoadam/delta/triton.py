@@ -48,30 +48,27 @@ def _running(blocks: Sequence[int]) -> list[int]:
 # The hash
 
 
-def hash_all(tensors: Sequence[Tensor]) -> list[int]:
-    if not tensors:
-        return []
-    contents = [flat(tensor) for tensor in tensors]
+def hashes(tensors: Sequence[Tensor]) -> Tensor:
+    contents = [tensor.detach() if tensor.is_contiguous() else flat(tensor) for tensor in tensors]
+    places = [(content.data_ptr(), content.nbytes) for content in contents]
     results = torch.zeros(len(contents), dtype=torch.int64, device=contents[0].device)
-    whole = [i for i, content in enumerate(contents) if content.data_ptr() % 4 == 0 and content.nbytes >= 4]
-    for aligned, places in partition(whole, lambda i: contents[i].data_ptr() % 16 == 0):
-        results[places] = _hash_words([contents[i] for i in places], aligned)
-    for i, content in enumerate(contents):
-        if content.data_ptr() % 4:
-            results[i] = hash_tensor(content)
-        elif content.nbytes % 4:
-            rest = content.view(torch.uint8)[content.nbytes // 4 * 4 :]
-            results[i] += tail(rest, content.nbytes // 4)
-    return [total(value) for value in results.tolist()]
+    whole = [i for i, (address, size) in enumerate(places) if address % 4 == 0 and size >= 4]
+    for aligned, mine in partition(whole, lambda i: places[i][0] % 16 == 0):
+        found = _hash_words([places[i] for i in mine], aligned, results.device)
+        results = found if len(mine) == len(contents) else results.index_copy(0, upload(mine, results.device), found)
+    for i, (address, size) in enumerate(places):
+        if address % 4:
+            results[i] = hash_tensor(contents[i])
+        elif size % 4:
+            rest = flat(contents[i]).view(torch.uint8)[size // 4 * 4 :]
+            results[i] += tail(rest, size // 4)
+    return results
 
 
-def _hash_words(contents: Sequence[Tensor], aligned: bool) -> Tensor:
-    device = contents[0].device
-    blocks = [triton.cdiv(content.nbytes // 4, PARTS * kernels.WORDS.value) for content in contents]
-    rows = [
-        [content.data_ptr(), content.nbytes // 4, first]
-        for content, first in zip(contents, _running(blocks), strict=True)
-    ]
+def _hash_words(places: Sequence[tuple[int, int]], aligned: bool, device: torch.device) -> Tensor:
+    """Of the whole words at addresses, with so many bytes: int64 [places]."""
+    blocks = [triton.cdiv(size // 4, PARTS * kernels.WORDS.value) for _, size in places]
+    rows = [[address, size // 4, at] for (address, size), at in zip(places, _running(blocks), strict=True)]
     out = torch.empty(sum(blocks), dtype=torch.int64, device=device)
     with on(device):
         kernels.hash_words[(len(out),)](
