@@ -67,6 +67,14 @@ def test_rl_sync(capsys: pytest.CaptureFixture[str]) -> None:
     assert "each rollout had the weights of its step: True" in out
 
 
+def test_trl_dpo(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    out = run("trl_dpo.py", capsys)
+    assert losses(out)[-1] < 0.5 * losses(out)[0]
+    assert "right in 100%" in out
+
+
 def test_lightning_module(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightning")
     out = run("lightning_module.py", capsys)
@@ -77,5 +85,6 @@ def test_lightning_module(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_example_is_left_out() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == {
         "accelerate_loop.py", "lightning_module.py", "peft_lora.py", "plain_loop.py", "rl_sync.py", "trainer.py",
+        "trl_dpo.py",
         "trl_sft.py",
     }  # fmt: skip
