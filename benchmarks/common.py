@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import nanoadam
-from nanoadam.memory import align
+from nanoadam.gradients import Box, SelectedGradient
 from nanoadam.state import state_bytes as state_bytes
+from nanoadam.text import align
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GB = 1e9
@@ -237,9 +238,28 @@ def reset_peak(device: torch.device) -> None:
 
 def make_due(optimizer: nanoadam.NanoAdam) -> None:
     """Let the next `refresh()` (or first gradient) make a new selection, whatever the step."""
-    for i, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         group["refreshed_at"] = -1
-        optimizer._window[i] = -1
+    for slot in optimizer._slots.values():
+        slot.selected_for = -1
+
+
+def take(optimizer: nanoadam.NanoAdam, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Put what is selected of dense gradients into `p.grad`, as backward's hooks do where all of them gather."""
+    boxes = []
+    for parameter, gradient in pairs:
+        slot, dtype = optimizer._arrives(parameter, gradient)
+        box = Box(slot.selection, dtype=dtype, slot=slot, accumulator=optimizer._release)
+        box.pending = gradient
+        parameter.grad = SelectedGradient(box, parameter)
+        boxes.append(box)
+    optimizer._compact(boxes)
+
+
+def drop(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Zero these gradients."""
+    for parameter, _ in pairs:
+        parameter.grad = None
 
 
 @torch.no_grad()

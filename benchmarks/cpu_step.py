@@ -68,9 +68,7 @@ class Nano:
         self.name = f"NanoAdam k = {100 * density:g} %"
         self.times: dict[str, list[float]] = {"step": [], "gather": [], "update": [], "refresh": []}
         self.model, self.change = Model(shapes, dtype), change
-        self.optimizer = NanoAdam(
-            self.model.groups(), lr=1e-5, density=density, mask_interval=10**9, gradient_release=False
-        )
+        self.optimizer = NanoAdam(self.model.groups(), lr=1e-5, density=density, mask_interval=10**9)
         self.pairs = self.model.selected()
 
     def once(self) -> None:
@@ -80,7 +78,8 @@ class Nano:
         self.model.give(selected=False)
         with torch.no_grad():
             optimizer.refresh()
-            self.times["gather"].append(common.wall_ms(lambda: optimizer._collect(self.pairs), CPU))
+            common.drop(self.pairs)
+            self.times["gather"].append(common.wall_ms(lambda: common.take(optimizer, self.pairs), CPU))
         self.times["update"].append(common.wall_ms(optimizer.step, CPU))
         common.perturb([weight for weight, _ in self.pairs], self.change)
         common.make_due(optimizer)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import nanoadam
+from nanoadam.gradients import SelectedGradient, gradient_bytes
 
 # (model, batch, checkpointing) -> method -> (peak GB, ms per iteration): measured by the project on an H200,
 # sequence 512, torch 2.11, before the kernels were written.
@@ -213,9 +214,13 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
         loss = model(**batch).loss
         loss.backward()
         loss = loss.detach()
+        if options.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
         if count_gradients:
-            kinds["gradients"] = bytes_of([parameter.grad for parameter in parameters])
-            kinds["held"] = optimizer.gradient_bytes() if is_nano else 0
+            found_gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            dense = [gradient for gradient in found_gradients if not isinstance(gradient, SelectedGradient)]
+            kinds["gradients"] = bytes_of(dense)
+            kinds["held"] = sum(map(gradient_bytes, found_gradients)) - kinds["gradients"]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -318,6 +323,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     add("--grad-dtype", default="float32", choices=common.DTYPES, help="of held gradients (default: %(default)s)")
     add("--lora-dtype", default="bfloat16", choices=common.DTYPES, help="of the adapters (default: %(default)s)")
     add("--mask-interval", type=int, default=100, help="steps between refreshes (default: %(default)s)")
+    add("--max-grad-norm", type=float, help="clip by torch's clip_grad_norm_ (default: no clipping)")
     add("--release-bytes", type=int, help="dense gradients that are compacted together (default: NanoAdam's)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--json", metavar="FILE", help='write the results there; "-" for stdout')

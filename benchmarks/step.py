@@ -209,9 +209,9 @@ class Bench:
         before = common.allocated(self.device)
         grad_dtype = common.DTYPES[options.grad_dtype]
         optimizer = NanoAdam(tensors.groups(), lr=1e-5, density=density, mask_interval=10**9, grad_dtype=grad_dtype)
-        drop = functools.partial(optimizer._drop_held, in_place=False)
         pairs, batches = tensors.pairs(), tensors.batches()
-        optimizer._collect(pairs)
+        drop = functools.partial(common.drop, pairs)
+        common.take(optimizer, pairs)
         optimizer.step()
         drop()
         common.make_due(optimizer)
@@ -222,24 +222,25 @@ class Bench:
         def hold(*, dense: bool) -> None:  # taken up by all steps that follow, as nothing zeroes them
             optimizer.zero_grad()
             tensors.give(selected=False, dense=dense)
-            optimizer._collect(pairs)
+            common.take(optimizer, pairs)
 
-        hold(dense=True)
+        hold(dense=False)
         found["held_bytes"] = optimizer.gradient_bytes()
+        hold(dense=True)
         step = {"extra": self.extra_bytes(optimizer.step)}
         step["ms"] = self.clocks(optimizer.step, lambda: hold(dense=True))  # held gradients made anew, as in training
         found["in_a_row_ms"] = self.in_a_row(optimizer.step)
         hold(dense=False)
         update = self.clocks(optimizer.step)
-        if len(optimizer.held()) != len(pairs):
-            raise RuntimeError("held gradients did not survive the steps: the update times are not valid")
+        if any(weight.grad is None for weight, _ in pairs):
+            raise RuntimeError("gradients did not survive the steps: the update times are not valid")
 
         def gather_at_once() -> None:
-            optimizer._collect(pairs)
+            common.take(optimizer, pairs)
 
         def gather_in_batches() -> None:
             for batch in batches:
-                optimizer._collect(batch)
+                common.take(optimizer, batch)
 
         def due() -> None:
             drop()
@@ -282,7 +283,7 @@ class Bench:
         dense = peer_bytes("adamw", tensors.numel(dense=True), 2)
         found["floor_ms"]["step"] = self.floor_ms(sizes["update"] + dense)
         if options.launches:
-            optimizer._collect(pairs)
+            common.take(optimizer, pairs)
             found["launches"] = {"step": common.launches(optimizer.step, self.device)}
             drop()
             found["launches"]["gather"] = common.launches(gather_at_once, self.device)

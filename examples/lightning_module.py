@@ -30,9 +30,7 @@ class Classifier(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> nanoadam.NanoAdam:
-        # Not Lightning's gradient_clip_val: it would clip the dense gradients only.
-        groups = nanoadam.param_groups(self)
-        return nanoadam.NanoAdam(groups, lr=1e-2, density=0.10, mask_interval=10, max_grad_norm=1.0)
+        return nanoadam.NanoAdam(nanoadam.param_groups(self), lr=1e-2, density=0.10, mask_interval=10)
 
 
 def make_rows() -> DataLoader[tuple[Tensor, ...]]:
@@ -42,8 +40,8 @@ def make_rows() -> DataLoader[tuple[Tensor, ...]]:
 
 def make_trainer(folder: str, epochs: int) -> lightning.Trainer:
     return lightning.Trainer(
-        max_epochs=epochs, accumulate_grad_batches=2, accelerator="cpu", default_root_dir=folder, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=epochs, accumulate_grad_batches=2, gradient_clip_val=1.0, accelerator="cpu", default_root_dir=folder,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
 

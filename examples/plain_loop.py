@@ -27,7 +27,6 @@ def make_training(model: nn.Module) -> tuple[nanoadam.NanoAdam, LRScheduler]:
         lr=3e-3,
         density=nanoadam.linear(0.10, 0.04, total_steps=STEPS, interval=20),
         mask_interval=5,
-        max_grad_norm=1.0,
     )
     return optimizer, CosineAnnealingLR(optimizer, STEPS)
 
@@ -35,12 +34,13 @@ def make_training(model: nn.Module) -> tuple[nanoadam.NanoAdam, LRScheduler]:
 def train(model: nn.Module, optimizer: nanoadam.NanoAdam, scheduler: LRScheduler, first: int, last: int) -> float:
     loss = torch.tensor(0.0)
     for step in range(first, last):
-        for part in range(ACCUMULATE):  # gradients of selected weights add up inside the optimizer
+        for part in range(ACCUMULATE):
             generator = torch.Generator().manual_seed(ACCUMULATE * step + part)
             inputs = torch.randn(BATCH, 32, generator=generator)
             labels = inputs[:, :4].argmax(dim=1)
             loss = functional.cross_entropy(model(inputs), labels)
             (loss / ACCUMULATE).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

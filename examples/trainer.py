@@ -1,4 +1,4 @@
-"""NanoAdam under transformers' Trainer: its schedule, accumulation, checkpoints and logs, and clipping done right.
+"""NanoAdam under transformers' Trainer: its schedule, accumulation, clipping, checkpoints and logs.
 
 Runs in a few seconds and downloads nothing: python examples/trainer.py (needs pip install 'nanoadam[finetune]')
 """
@@ -32,35 +32,27 @@ def make_rows(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def main() -> None:
-    model = make_model()
-    optimizer = nanoadam.for_trainer(
-        model,
-        lr=3e-3,
-        density=nanoadam.linear(0.10, 0.04, total_steps=STEPS, interval=20),
-        mask_interval=10,
-        max_grad_norm=1.0,  # clips by the norm of what is applied
-    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             max_steps=STEPS,
             per_device_train_batch_size=16,
             gradient_accumulation_steps=2,
-            max_grad_norm=0,  # the Trainer would clip the dense gradients only
+            learning_rate=3e-3,
             logging_steps=20,
             save_steps=40,
             disable_tqdm=True,
             report_to="none",
             use_cpu=True,
         )
-        rows = make_rows(256)
+        density = nanoadam.linear(0.10, 0.04, total_steps=STEPS, interval=20)
         trainer = Trainer(
-            model,
+            make_model(),
             arguments,
-            train_dataset=rows,
-            optimizer_cls_and_kwargs=optimizer,
-            callbacks=[NanoAdamCallback()],
+            train_dataset=make_rows(256),
+            optimizer_cls_and_kwargs=nanoadam.for_trainer(args=arguments, density=density, mask_interval=10),
         )
+        NanoAdamCallback().attach(trainer)  # density, touched share and memory in the logs
         # Many classifiers take the Trainer's count of items and ignore it; without this, accumulated gradients add up
         # to a sum instead of a mean.
         trainer.model_accepts_loss_kwargs = False

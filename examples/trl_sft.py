@@ -37,29 +37,27 @@ def make_model() -> LlamaForCausalLM:
 
 
 def main() -> None:
-    model = make_model()
     pairs = [(NUMBERS[i], NUMBERS[(i + 1) % 10]) for i in range(10)] * 8
     rows = [{"prompt": f"after {before} comes", "completion": f" {after}"} for before, after in pairs]
     with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            folder,
+            max_steps=60,
+            per_device_train_batch_size=20,
+            learning_rate=1e-2,
+            logging_steps=15,
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        )
         trainer = SFTTrainer(
-            model,
-            args=SFTConfig(
-                folder,
-                max_steps=60,
-                per_device_train_batch_size=20,
-                max_grad_norm=0,  # the Trainer would clip the dense gradients only
-                logging_steps=15,
-                save_strategy="no",
-                disable_tqdm=True,
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-            ),
+            make_model(),  # a model's name works as well
+            args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=make_tokenizer(),
-            optimizer_cls_and_kwargs=nanoadam.for_trainer(
-                model, lr=1e-2, density=0.10, mask_interval=10, max_grad_norm=1.0
-            ),
+            optimizer_cls_and_kwargs=nanoadam.for_trainer(args=arguments, density=0.10, mask_interval=10),
             callbacks=[NanoAdamCallback()],
         )
         trainer.remove_callback(PrinterCallback)

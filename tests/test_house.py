@@ -17,8 +17,8 @@ LAYERS = (
     ("analysis", "baselines", "callback", "delta", "distributed"),
     ("trainer",),
     ("memory", "optimizer"),
-    ("amp", "release", "slots", "gradients", "columns"),
-    ("groups", "checks", "state"),
+    ("checks", "groups", "state"),
+    ("columns", "gradients", "slots"),
     ("ops", "schedules"),
     ("chunks", "text"),
 )

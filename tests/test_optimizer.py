@@ -476,10 +476,10 @@ def test_the_state_follows_a_weight_that_has_moved():
     parameter.sum().backward()
     slot = opt._slots[parameter]
     slot.weight = torch.nn.Parameter(parameter.to("meta"))  # the only other device that is everywhere
-    [(device, _)] = by_device([slot])
+    [(device, [slot], _)] = by_device([slot])
     assert device.type == "meta"
     assert {name: value.device.type for name, value in slot.state.items()} == {
-        **dict.fromkeys(("exp_avg", "exp_avg_sq", "index", "born"), "meta"),
+        **dict.fromkeys(("exp_avg", "exp_avg_sq", "index", "entry_step"), "meta"),
         "step": "cpu",
     }
-    assert slot.held.device.type == "meta"
+    assert slot.selection.index.device.type == "meta"

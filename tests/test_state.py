@@ -75,7 +75,7 @@ def test_index_dtypes_survive_loading_into_bf16_parameters():
     fresh = make(model)
     fresh.load_state_dict(through_a_file(opt.state_dict()))
     state = fresh.state[model[0].weight]
-    assert (state["index"].dtype, state["born"].dtype, state["exp_avg"].dtype) == (
+    assert (state["index"].dtype, state["entry_step"].dtype, state["exp_avg"].dtype) == (
         torch.int16,
         torch.int16,
         torch.bfloat16,
@@ -96,10 +96,10 @@ def test_a_loaded_state_is_a_copy():
 
 def test_pickling_the_optimizer_with_its_model_continues_bit_for_bit():
     model = network(torch.float32)
-    opt = make(model, max_grad_norm=0.1)
+    opt = make(model, release_bytes=123)
     advance(model, opt, 0, 5)
     twin, other = pickle.loads(pickle.dumps((model, opt)))
-    assert other.max_grad_norm == 0.1
+    assert other.release_bytes == 123
     advance(model, opt, 5, 12)
     advance(twin, other, 5, 12)
     assert torch.equal(bits(model), bits(twin))
@@ -220,12 +220,12 @@ def test_loading_what_does_not_fit_changes_nothing():
     adamw = torch.optim.AdamW(model.parameters())
     fewer = NanoAdam([model[0].weight])
     incomplete = copy.deepcopy(before)
-    del incomplete["state"][0]["born"]
+    del incomplete["state"][0]["entry_step"]
     for bad, word in (
         (wrong_shape.state_dict(), "'parameter 0 of group 0'"),
         (adamw.state_dict(), "not saved by NanoAdam"),
         (fewer.state_dict(), r"\[1\]"),
-        (incomplete, "'born': None"),
+        (incomplete, "'entry_step': None"),
         ({}, "'param_groups'"),
     ):
         with pytest.raises(ValueError, match=word):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from nanoadam import checks
+from nanoadam.gradients import gradient_bytes
 from nanoadam.optimizer import NanoAdam
 from nanoadam.state import state_bytes
 
@@ -19,7 +21,7 @@ try:
     from transformers import TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
-    raise ImportError("nanoadam.callback needs transformers: pip install 'nanoadam[lab]'") from error
+    raise ImportError("nanoadam.callback needs transformers: pip install 'nanoadam[finetune]'") from error
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -111,12 +113,9 @@ def memory_by_kind(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     On a GPU also `peak`, the most that was allocated there since the last
     `torch.cuda.reset_peak_memory_stats()`, and `rest`: what of it is none of the three.
     """
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None and not p.grad.is_sparse)
-    if isinstance(optimizer, NanoAdam):
-        gradients += optimizer.gradient_bytes()
     kinds = {
         "weights": sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
-        "gradients": gradients,
+        "gradients": sum(gradient_bytes(p.grad) for p in model.parameters() if p.grad is not None),
         "state": state_bytes(optimizer),
     }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -133,13 +132,14 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
 
 
 class NanoAdamCallback(TrainerCallback):
-    """Adds to the Trainer's logs what NanoAdam does, and refuses a run in which the Trainer would clip wrongly.
+    """Adds to the Trainer's logs what NanoAdam does, and refuses a run that would train less than it seems to.
 
     Added to each log of the training loss: `density` (of the first group that is selected from), `touched` (share
     of the weights selected from that were selected at least once), `memory_weights`, `memory_gradients` and
-    `memory_state` in bytes, on a GPU also `memory_rest` and `memory_peak`. `grad_norm` is replaced by the
-    norm of all gradients: the Trainer's own knows only the dense ones. A reporting integration, which the
-    Trainer calls before all other callbacks, sees none of this; the log history, the progress bar and the printer do.
+    `memory_state` in bytes, on a GPU also `memory_rest` and `memory_peak`.
+
+    The Trainer calls reporting integrations (wandb, TensorBoard) before the callbacks that it is given, so they see
+    what is added only if this one comes first: `NanoAdamCallback().attach(trainer)`.
 
     Args:
         touched: keep the touched share; takes one bit of host memory a weight. It is written into each
@@ -149,8 +149,13 @@ class NanoAdamCallback(TrainerCallback):
     def __init__(self, touched: bool = True) -> None:
         self.touched: Touched | None = None
         self._wanted = touched
-        self._gradient_norm: float | None = None
         self._memory: dict[str, int] = {}
+
+    def attach(self, trainer: Any) -> NanoAdamCallback:
+        """Put it before all other callbacks of a Trainer, its reporting integrations included."""
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,37 +163,18 @@ class NanoAdamCallback(TrainerCallback):
         """Refuse what would go wrong in silence.
 
         Raises:
-            ValueError: if the optimizer is no NanoAdam or was made for another model, or if gradients are released
-                where the Trainer's clipping or DDP needs them.
+            ValueError: if the optimizer is no NanoAdam, was made for another model, lacks parameters that shall be
+                trained, or goes on from a checkpoint with other options than it was given.
         """
         inner, model = unwrap(kwargs["optimizer"]), kwargs["model"]
         if not isinstance(inner, NanoAdam):
             raise ValueError(
                 f"NanoAdamCallback watches a NanoAdam, but this Trainer has {type(inner).__name__}: pass it "
-                "optimizer_cls_and_kwargs=nanoadam.for_trainer(model, ...)"
+                "optimizer_cls_and_kwargs=nanoadam.for_trainer(...)"
             )
-        own = {id(parameter) for parameter in model.parameters()}
-        if not all(id(parameter) in own for group in inner.param_groups for parameter in group["params"]):
-            raise ValueError(
-                "the optimizer holds parameters that are not the Trainer's model's: call nanoadam.for_trainer with "
-                "the model that the Trainer gets (model_init makes another one)"
-            )
-        if not any("role" in group for group in inner.param_groups) and len(inner.param_groups) == 2:
-            raise ValueError(
-                "the Trainer has made parameter groups of its own, in which heads are selected from: "
-                "call nanoadam.for_trainer anew for each Trainer"
-            )
-        if inner.gradient_release and args.max_grad_norm and args.max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm={args.max_grad_norm:g} in TrainingArguments would clip the gradients of dense tensors "
-                "only, since those of selected weights are released: set max_grad_norm=0 there and clip with "
-                f"NanoAdam(max_grad_norm={args.max_grad_norm:g})"
-            )
-        if inner.gradient_release and args.world_size > 1:
-            raise ValueError(
-                f"gradients are released before DDP has averaged them over {args.world_size} processes: "
-                "use NanoAdam(gradient_release=False) under the Trainer's DDP"
-            )
+        _check_model(inner, model)
+        if state.global_step:
+            _check_options(inner)
         if self._wanted:
             self.touched = Touched(inner)
             saved = self._folder(args, state) / TOUCHED
@@ -208,10 +194,8 @@ class NanoAdamCallback(TrainerCallback):
         assert isinstance(inner, NanoAdam)
         if self.touched is not None:
             self.touched.count()
-        self._gradient_norm = None
         coming = state.global_step + 1
         if coming % max(1, state.logging_steps) == 0 or (coming == 1 and args.logging_first_step):
-            self._gradient_norm = _norm(inner, getattr(optimizer, "scaler", None))
             self._memory = memory_by_kind(kwargs["model"], inner)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -227,10 +211,6 @@ class NanoAdamCallback(TrainerCallback):
         if self.touched is not None:
             more["touched"] = self.touched.share()
         for record in (logs, *state.log_history[-1:]):
-            if self._gradient_norm is None:
-                record.pop("grad_norm", None)
-            else:
-                record["grad_norm"] = self._gradient_norm
             record.update(more)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -240,18 +220,30 @@ class NanoAdamCallback(TrainerCallback):
             self.touched.save(folder / TOUCHED)
 
 
-def _norm(optimizer: NanoAdam, scaler: Any) -> float:
-    """The joint norm of held and dense gradients, before clipping.
+def _check_model(optimizer: NanoAdam, model: nn.Module) -> None:
+    """Raise ValueError if the optimizer's parameters are not those of the model that shall be trained."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not held <= names.keys():
+        raise ValueError(
+            "the optimizer holds parameters that are not the Trainer's model's: let the Trainer make it, with "
+            "optimizer_cls_and_kwargs=nanoadam.for_trainer(...)"
+        )
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.numel() and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer lacks {len(missing)} parameters that are to be trained ({missing[0]!r}...), an adapter or "
+            "something unfrozen after it was made: let the Trainer make it, with "
+            "optimizer_cls_and_kwargs=nanoadam.for_trainer(...)"
+        )
 
-    A scaler has unscaled what is in `p.grad` by now (accelerate does it before it takes its norm), but nothing held.
-    """
-    held = optimizer.held()
-    seen = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None and not p.grad.is_sparse]
-    squares = [
-        float(torch.stack([n.cpu() for n in torch._foreach_norm(tensors, 2, dtype=torch.float32)]).square().sum())
-        for tensors in (held, seen)
-        if tensors
-    ]
-    if held and scaler is not None:
-        squares[0] /= float(scaler.get_scale()) ** 2
-    return float(sum(squares) ** 0.5)
+
+def _check_options(optimizer: NanoAdam) -> None:
+    """Raise ValueError if options that were given are not those that a loaded state goes on with."""
+    for i, group in enumerate(optimizer.param_groups):
+        for name in checks.WATCHED:
+            if name not in checks.FIXED and group[name] != optimizer.made_with[i][name]:
+                raise ValueError(
+                    f"the checkpoint goes on with {name}={group[name]!r} for {checks.label(group, i)}, but this run "
+                    f"was given {optimizer.made_with[i][name]!r}: give what the checkpoint has, or begin anew"
+                )

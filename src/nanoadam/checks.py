@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +11,29 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from nanoadam.chunks import layout
+from nanoadam.gradients import SelectedGradient
 from nanoadam.schedules import Intervals, Schedule
+from nanoadam.slots import is_dense, saved_layout
 
 _SHARDED: tuple[type, ...] = ()
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
 
     _SHARDED = (DTensor,)
+
+FIXED = ("dense", "state_dtype", "capturable")
+"""Options that state is made by: they stay what they are."""
+
+WATCHED = (
+    *FIXED, "density", "mask_interval", "criterion", "moments", "keep_zeros", "stochastic_rounding", "seed", "maximize",
+    "grad_dtype",
+)  # fmt: skip
+"""Options that are checked when somebody has changed them. Schedulers change the others at every step."""
+
+COUNTERS = ("steps", "refreshed_at", "active_density")
+"""What a group keeps between steps."""
+
+_warned: list[bool] = []
 
 CRITERIA = ("smallest", "largest", "random", "gradient")
 MOMENTS = ("carry", "reset")
@@ -35,6 +49,34 @@ def label(group: Mapping[str, Any], i: int) -> str:
         first = next(iter(group["params"]), None) if isinstance(group["params"], list) else None
         names = [first[0]] if isinstance(first, tuple) else None
     return f"group {i} ({names[0]!r}...)" if names else f"group {i}"
+
+
+def names(group: Mapping[str, Any], i: int) -> list[str]:
+    """How messages call the parameters of a group."""
+    own = group.get("param_names")
+    if own and len(own) == len(group["params"]):
+        return list(own)
+    return [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+
+
+def watched(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The options of a group that are checked when they change."""
+    return tuple(map(group.get, WATCHED))
+
+
+def check_changes(group: Mapping[str, Any], before: tuple[Any, ...] | None, where: str) -> None:
+    """Raise ValueError or TypeError for options that somebody has changed to what cannot be served."""
+    missing = [name for name in ("lr", "betas", "eps", "weight_decay", *WATCHED, *COUNTERS) if name not in group]
+    if missing:
+        raise ValueError(f"{missing[0]!r} is missing from {where}: add groups with optimizer.add_param_group(...)")
+    if before is not None and before != watched(group):
+        for name, old in zip(WATCHED, before, strict=True):
+            if name in FIXED and group[name] != old:
+                raise ValueError(
+                    f"{name} of {where} was changed from {old!r} to {group[name]!r}, but its state was made by the old "
+                    "value: make a new optimizer"
+                )
+        check_options(group, where)
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
@@ -85,13 +127,11 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r} for {where}")
 
 
-def check_release(max_grad_norm: object, gradient_release: object, release_bytes: object) -> None:
+def check_release(gradient_release: object, release_bytes: object, local: object) -> None:
     """Raise ValueError or TypeError for an option of the optimizer as a whole that is out of range."""
-    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
-    if max_grad_norm is not None and not (number and max_grad_norm > 0):  # type: ignore[operator]
-        raise ValueError(f"max_grad_norm must be positive, or None for no clipping; got {max_grad_norm!r}")
-    if not isinstance(gradient_release, bool):
-        raise TypeError(f"gradient_release must be True or False, got {gradient_release!r}")
+    for name, value in (("gradient_release", gradient_release), ("local", local)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     count = isinstance(release_bytes, int) and not isinstance(release_bytes, bool)
     if release_bytes is not None and not (count and release_bytes >= 0):  # type: ignore[operator]
         raise ValueError(f"release_bytes must be a number of bytes of at least 0, or None; got {release_bytes!r}")
@@ -136,61 +176,97 @@ def check_gradient(name: str, gradient: Tensor) -> None:
         )
 
 
-def warn_of_altered_gradients(held: int) -> None:
-    """Warn that gradients in `p.grad` were changed, but not those held for so many tensors; called by `step()`."""
-    if _trainer_takes_the_norm():
+def check_trained(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError if all are frozen; warn if none has a gradient. Both train nothing."""
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"all {len(parameters)} parameters of this optimizer are frozen, so it would train nothing: "
+            "set requires_grad on those to train, or make the optimizer after the model is as it shall be"
+        )
+    if parameters and all(parameter.grad is None for parameter in parameters):
+        warnings.warn(
+            f"step() found no gradient on any of the optimizer's {len(parameters)} parameters: are they those of the "
+            "model that is trained, and was backward() called?",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def check_exchange(gradients: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError if there are other processes and their gradients are not in the first of these."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
         return
-    warnings.warn(
-        "the gradients of dense tensors were changed after backward, as torch.nn.utils.clip_grad_norm_ and "
-        f"model.zero_grad(set_to_none=False) do, but not those of {held} selected tensor{'s' * (held > 1)}, which "
-        "NanoAdam holds. To zero all of them, use optimizer.zero_grad(); to clip them, "
-        "NanoAdam(max_grad_norm=...); under transformers' Trainer that is TrainingArguments(max_grad_norm=0) with "
-        "nanoadam.for_trainer(..., max_grad_norm=...). Or leave them in p.grad: gradient_release=False",
-        UserWarning,
-        stacklevel=6,  # past step() and the wrappers that torch has around it
-    )
+    gradient = next((gradient for gradient in gradients if gradient is not None), None)
+    if isinstance(gradient, SelectedGradient) and not gradient._box.exchanged:
+        raise RuntimeError(
+            f"there are {torch.distributed.get_world_size()} processes, but their gradients were not exchanged before "
+            "step(), so their models would drift apart: wrap the model in DistributedDataParallel, or, if each process "
+            "shall step on its own gradients or you exchange them yourself, use NanoAdam(local=True)"
+        )
 
 
-def _trainer_takes_the_norm() -> bool:
-    """Whether transformers' Trainer is stepping with max_grad_norm=0.
+def warn_of_unsorted(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn, once in a process, where nobody has sorted the parameters: a new head may be among them."""
+    if _warned:
+        return
+    matrices = [p for group in groups for p in group["params"] if not is_dense(p, group) and p.requires_grad]
+    if len(matrices) > 1 and not any("roles" in group or group["dense"] for group in groups):
+        _warned.append(True)
+        warnings.warn(
+            f"NanoAdam selects from all {len(matrices)} matrices it was given. A newly made head among them would stay "
+            "mostly as it was drawn: use NanoAdam(nanoadam.param_groups(model)), which trains heads in full, or groups "
+            "with dense=True",
+            UserWarning,
+            stacklevel=3,
+        )
 
-    It then clips to infinity to learn the norm: that writes to every gradient and changes none, which its user cannot
-    help, and which nothing but the Trainer's arguments tells from clipping.
+
+def check_parameter_state(name: str, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise ValueError if a parameter's state does not fit it."""
+    lay = saved_layout(parameter, group)
+    each: tuple[int, ...] = tuple(parameter.shape) if lay is None else (lay.selected,)
+    expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": each, "exp_avg_sq": each}
+    if lay is not None:
+        expected |= {"index": each, "entry_step": each}
+    got = {part: tuple(state[part].shape) if part in state else None for part in expected}
+    one = {**expected, "entry_step": (1,)}  # where moments are reset, all have entered together
+    if got not in (expected, one):
+        raise ValueError(
+            f"the state of {name!r} does not fit its shape {tuple(parameter.shape)}: expected {expected}, got {got}; "
+            "load it into the model that it was saved with"
+        )
+
+
+def check_state(groups: Sequence[Mapping[str, Any]], loaded: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups of a `state_dict`, complete and with schedules, if it fits these groups.
+
+    Raises:
+        ValueError: if it was not made by NanoAdam for the parameters of these groups.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == "transformers.trainer":
-            arguments: Any = getattr(frame.f_locals.get("self"), "args", None)
-            if hasattr(arguments, "max_grad_norm"):
-                return not (arguments.max_grad_norm or 0) > 0
-    return False
-
-
-def check_state(groups: Sequence[Mapping[str, Any]], loaded: Mapping[str, Any]) -> None:
-    """Raise ValueError if a `state_dict` was not made by NanoAdam for the parameters of these groups."""
     if not ("param_groups" in loaded and "state" in loaded):
         raise ValueError(f"an optimizer's state has 'state' and 'param_groups', got {sorted(loaded)}")
     sizes = [len(group["params"]) for group in groups]
     theirs = [len(group["params"]) for group in loaded["param_groups"]]
     if sizes != theirs:
         raise ValueError(f"the state was saved for groups of {theirs} parameters, but this optimizer has {sizes}")
-    for i, (ours, group) in enumerate(zip(groups, loaded["param_groups"], strict=True)):
-        if "active_density" not in group:
-            raise ValueError("the state was not saved by NanoAdam: 'active_density' is missing from its groups")
-        names = ours.get("param_names") or [f"parameter {j} of group {i}" for j in range(sizes[i])]
-        for parameter, name, key in zip(ours["params"], names, group["params"], strict=True):
-            state = loaded["state"].get(key)
-            if not state:
-                continue
-            dense = group["dense"] or parameter.dim() < 2
-            count = parameter.numel() if dense else layout(parameter.shape, group["active_density"]).selected
-            ages = {count} if group["moments"] == "carry" else {1, count}
-            expected = {"step": {1}, "exp_avg": {count}, "exp_avg_sq": {count}}
-            expected |= {} if dense else {"index": {count}, "born": ages}
-            got = {part: state[part].numel() if part in state else None for part in expected}
-            if any(got[part] not in sizes_ for part, sizes_ in expected.items()):
+    complete = []
+    for i, (ours, saved) in enumerate(zip(groups, loaded["param_groups"], strict=True)):
+        for counter in COUNTERS:
+            if counter not in saved:
+                raise ValueError(f"the state was not saved by NanoAdam: {counter!r} is missing from its groups")
+        group = {**{key: value for key, value in ours.items() if key not in ("params", *COUNTERS)}, **saved}
+        if isinstance(group["density"], Mapping):
+            group["density"] = Schedule(**group["density"])
+        check_options(group, f"group {i} of the saved state")
+        shapes = group.pop("shapes", None) or [parameter.shape for parameter in ours["params"]]
+        for parameter, name, key, shape in zip(ours["params"], names(ours, i), saved["params"], shapes, strict=True):
+            if tuple(shape) != tuple(parameter.shape):
                 raise ValueError(
-                    f"the saved state of {name!r} does not fit its shape {tuple(parameter.shape)}: expected {count} "
-                    f"entries, got {got}; load it into the model it was saved with"
+                    f"the state of {name!r} was saved for a parameter of shape {tuple(shape)}, but it has "
+                    f"{tuple(parameter.shape)}: load it into the model that it was saved with"
                 )
+            if loaded["state"].get(key):
+                check_parameter_state(name, parameter, group, loaded["state"][key])
+        complete.append(group)
+    return complete

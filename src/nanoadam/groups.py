@@ -5,7 +5,8 @@ in full"); everything else is selected from. A tensor's role follows from the ty
 it and from where that module stands, never from a parameter's name alone:
 
 1.  norm: held by LayerNorm, RMSNorm, BatchNorm, GroupNorm, ... or by any class whose name ends in `Norm`.
-2.  bias: the bias of its module. vector: anything else with at most one dimension longer than 1.
+2.  bias: the bias of its module. vector: anything else with at most one dimension longer than 1, the lengths that
+    weight_norm keeps, Mamba's A_log.
 3.  embedding: held by an `nn.Embedding`, under any of its names: a head tied to it is an embedding too.
 4.  head: see `_head_modules`.
 5.  matrix: all the rest: linear layers, convolutions, GPT-2's Conv1D, stacked experts, LoRA's A and B.
@@ -135,7 +136,7 @@ def param_groups(
         )
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-    _check_head_lr(head_lr)
+    check_head_lr(head_lr)
     model = _unwrap(model)
     entries = _entries(model)
     for entry in entries:
@@ -199,7 +200,8 @@ def param_groups(
     return found
 
 
-def _check_head_lr(head_lr: object) -> None:
+def check_head_lr(head_lr: object) -> None:
+    """Raise ValueError for a learning rate of the head that is none."""
     number = isinstance(head_lr, (int, float)) and not isinstance(head_lr, bool)
     if head_lr is not None and not (number and 0.0 <= head_lr < math.inf):  # type: ignore[operator]
         raise ValueError(
@@ -240,6 +242,8 @@ def _role(entry: _Entry, heads: set[int]) -> str:
         return "norm"
     if _is_bias(entry):
         return "bias"
+    if _is_magnitude(entry) or _is_marked(entry):
+        return "vector"
     shape = entry.parameter.shape
     if len(shape) < 2 or (sum(size > 1 for size in shape) < 2 and not _is_weight_layer(entry.owners[0])):
         # a class token of shape (1, 1, width) is a vector; a linear layer with one output is a matrix
@@ -273,6 +277,21 @@ def _is_bias(entry: _Entry) -> bool:
         if weight is not None and weight.dim() > entry.parameter.dim():
             return True
     return False
+
+
+def _is_magnitude(entry: _Entry) -> bool:
+    """Whether it is what torch.nn.utils.weight_norm makes beside the directions: one length per row."""
+    stems = ((name.rpartition(".")[2], owner) for name, owner in zip(entry.names, entry.owners, strict=True))
+    return any(
+        attribute.endswith("_g") and f"{attribute.removesuffix('_g')}_v" in owner._parameters
+        for attribute, owner in stems
+    )
+
+
+def _is_marked(entry: _Entry) -> bool:
+    """Whether a state space model says that it is no ordinary weight: Mamba's A_log, a decay rate per state."""
+    named = any(name.rpartition(".")[2] == "A_log" for name in entry.names)
+    return named or bool(getattr(entry.parameter, "_no_weight_decay", False))
 
 
 def _is_adapter(entry: _Entry) -> bool:

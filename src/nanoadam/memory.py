@@ -6,8 +6,8 @@ gets exactly these. For a model, the tensors that are never selected from are co
 weights as the chunks keep them.
 
 What this implementation really holds per selected weight: an int16 index and two moments, 2 + 2 + 2 bytes
-with bfloat16 states, which is the paper's 6. With `moments="carry"` (the default), the first refresh of the selection
-adds 2 bytes, the step at which the weight was last entered; with `moments="reset"` it stays at 6. Activations,
+with bfloat16 states, which is the paper's 6. `moments="carry"` (the default) takes 2 bytes more, from the start: the
+step at which the weight entered. Activations,
 temporary buffers and the allocator's rounding are not in here.
 """
 

@@ -7,32 +7,33 @@ weight decay) is decided in docs/design.md.
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import copy
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
 
-from nanoadam import amp, checks
+from nanoadam import checks
 from nanoadam.chunks import layout
-from nanoadam.ops import MAX_AGE, Adam, Selection, Slot, backend, reference
+from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
+from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
-from nanoadam.release import GradientRelease, stands_in
 from nanoadam.schedules import Intervals, Schedule
 from nanoadam.slots import by_device, empty, make_slot
-
-# GradScaler hands itself to a step that has a parameter for it, which is the only way for it to learn of an
-# infinity in a held gradient. It announces that this will change; amp.unscale serves the new way as well.
-warnings.filterwarnings("ignore", message="GradScaler is going to stop passing itself", category=FutureWarning)
 
 
 class NanoAdam(Optimizer):
     """AdamW on the smallest weights of each tensor (or another criterion); the rest keep their bits.
 
-    Source: Algorithm 1 of arXiv 2506.21374. Of the options, `max_grad_norm`, `gradient_release` and `release_bytes`
+    Source: Algorithm 1 of arXiv 2506.21374. After backward `p.grad` of a tensor that is selected from is a
+    `SelectedGradient`: the selected entries, reading as a dense gradient that is zero elsewhere. Accumulation,
+    clipping, loss scaling and zeroing are torch's own. The options `gradient_release`, `release_bytes` and `local`
     belong to the optimizer and are not saved; all others belong to a group, may differ between groups, and are.
 
     Args:
@@ -52,21 +53,20 @@ class NanoAdam(Optimizer):
         state_dtype: of the moments, torch.bfloat16 or torch.float32.
         stochastic_rounding: of bfloat16 moments and bfloat16 weights; otherwise to nearest.
         seed: of the random bits, which depend on it, the step, the tensor and the position alone.
-        gradient_release: cut gradients down to their selected entries during backward; `p.grad` is then None, for
-            hooks that were registered later too. After `step()`, in a model without dense tensors, one parameter has
-            an empty sparse `p.grad` until the next backward: it shows whether the model's gradients were zeroed.
-        grad_dtype: of the entries held until they are zeroed.
-        max_grad_norm: clip by the norm of what will be applied: held entries and gradients of dense tensors.
+        gradient_release: cut gradients down to their selected entries during backward; otherwise `p.grad` stays dense.
+        grad_dtype: of the entries in `p.grad`. The gradient's own dtype loses nothing where each step has one backward.
         maximize: ascend.
         capturable: `step()` may be captured in a CUDA graph; call `refresh()` between replays.
         release_bytes: bytes of dense gradients that may be alive together before they are compacted. Default: 0
-            (each at once) on CPU; on GPUs, where a launch costs more, a little more than the largest one takes.
+            (each at once) on CPU; on GPUs, where a launch costs more, 0.7 times the largest gradient.
+        local: with several processes, that each steps on its own gradients, or that you exchange them yourself
+            (LocalSGD, hand-made averaging). Otherwise the first step checks that they were exchanged.
 
     Raises:
         ValueError, TypeError: for an argument or a parameter that cannot be served, naming it and the remedy.
     """
 
-    # GradScaler then leaves unscaling and skipping to step(), which can see the held gradients.
+    # GradScaler then leaves the division to step(), which can do it in float32, for float16 gradients too.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -87,12 +87,12 @@ class NanoAdam(Optimizer):
         seed: int = 0,
         gradient_release: bool = True,
         grad_dtype: torch.dtype = torch.float32,
-        max_grad_norm: float | None = None,
         maximize: bool = False,
         capturable: bool = False,
         release_bytes: int | None = None,
+        local: bool = False,
     ) -> None:
-        checks.check_release(max_grad_norm, gradient_release, release_bytes)
+        checks.check_release(gradient_release, release_bytes, local)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -115,13 +115,23 @@ class NanoAdam(Optimizer):
             "active_density": None,  # and the density it was made with
         }
         checks.check_options(defaults, "every group")
-        self.max_grad_norm = max_grad_norm
-        self.gradient_release = gradient_release
-        self.release_bytes = release_bytes
-        self._slots: dict[Tensor, Slot] = {}
-        self._window: list[int] = []  # for each group: the step whose first gradient has arrived, or -1
-        self._release = GradientRelease(self, release_bytes)
+        self.gradient_release, self.release_bytes, self.local = gradient_release, release_bytes, local
+        self.made_with: list[dict[str, Any]] = []  # the options of each group before any state was loaded
+        self._start()
         super().__init__(params, defaults)
+        checks.warn_of_unsorted(self.param_groups)
+
+    def _start(self) -> None:
+        """Nothing is known of parameters yet."""
+        self._slots: dict[Tensor, Slot] = {}
+        self._members: list[tuple[list[Slot], list[Slot]]] = []  # for each group: selected from, dense
+        self._group_of: dict[Tensor, int] = {}
+        self._frozen: list[Tensor] = []
+        self._counts: dict[int, list[Tensor]] = {}  # for each group: the steps that its members share
+        self._seen: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        self._looked = False  # at the first gradients, whether they are what they should be
+        self._release = GradientRelease(self, self.release_bytes)
+        self._selection_hooks: dict[int, Callable[[NanoAdam, list[Tensor]], None]] = OrderedDict()
 
     # Parameters and their state
 
@@ -144,279 +154,359 @@ class NanoAdam(Optimizer):
             group["mask_interval"] = group["mask_interval"][0]
         if group["active_density"] is None:
             group["active_density"] = _density(group, 0)
+        self.made_with.append({name: group[name] for name in checks.WATCHED})
         self._make_slots()
 
     def _make_slots(self) -> None:
         """State for every parameter that can be trained and has none yet; hooks where gradients are released."""
-        self._members: list[tuple[list[Slot], list[Slot]]] = []  # for each group: selected from, dense
-        self._group_of: dict[Tensor, int] = {}
-        self._window += [-1] * (len(self.param_groups) - len(self._window))
-        self._frozen: list[Tensor] = []
+        self._members, self._group_of, self._frozen, self._counts = [], {}, [], {}
+        known, self._slots = self._slots, {}
         counts: dict[tuple[int, torch.device, int], Tensor] = {}
         ordinal = 0
         for i, group in enumerate(self.param_groups):
-            selected: list[Slot] = []
-            dense: list[Slot] = []
-            names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
-            for parameter, name in zip(group["params"], names, strict=True):
+            members: tuple[list[Slot], list[Slot]] = ([], [])
+            for parameter, name in zip(group["params"], checks.names(group, i), strict=True):
                 ordinal += 1
                 self._group_of[parameter] = i
                 trained = parameter.requires_grad and parameter.numel() > 0
                 if not trained:
                     self._frozen.append(parameter)
-                slot = self._slots.get(parameter)
+                slot = known.get(parameter)
+                if slot is not None and self.state.get(parameter) is not slot.state:
+                    slot = None  # its state was cleared or replaced
                 if slot is None and (trained or self.state.get(parameter)):
-                    slot = self._slots[parameter] = make_slot(parameter, self.state[parameter], group, ordinal, name)
+                    slot = make_slot(parameter, self.state[parameter], group, ordinal, name)
                 if slot is None:
                     continue
+                self._slots[parameter] = slot
                 step = slot.state["step"]
                 if not group["capturable"]:  # a graph that adds to a shared count could not leave one tensor out
                     slot.state["step"] = counts.setdefault((i, step.device, slot.steps), step)
-                (dense if slot.layout is None else selected).append(slot)
-                if trained and slot.layout is not None and self._releases(i):
-                    self._release.attach(parameter)
-            self._members.append((selected, dense))
+                members[slot.selection is None].append(slot)
+                if trained and slot.selection is not None:
+                    self._release.hold(parameter)
+            self._members.append(members)
+        self._release.let_go([parameter for parameter in known if parameter not in self._group_of])
+        self._seen = self._present()
+
+    def _present(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Parameters, state and options: what others may change behind the optimizer's back."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return parameters, list(self.state.values()), list(map(checks.watched, self.param_groups))
+
+    def _follow(self) -> None:
+        """Take up what others have done since: parameters replaced, added or unfrozen, state cleared, options changed.
+
+        Raises:
+            ValueError, TypeError: for what cannot be served.
+        """
+        now = self._present()
+        same = all(
+            len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(now[:2], self._seen[:2], strict=True)
+        )
+        if same and now[2] == self._seen[2] and not any(p.requires_grad and p.numel() for p in self._frozen):
+            return
+        for i, group in enumerate(self.param_groups):
+            where = checks.label(group, i)
+            checks.check_changes(group, self._seen[2][i] if i < len(self._seen[2]) else None, where)
+            checks.check_parameters(group["params"], group, where)
+            for parameter, name in zip(group["params"], checks.names(group, i), strict=True):
+                if self.state.get(parameter):
+                    checks.check_parameter_state(name, parameter, group, self.state[parameter])
+        self._make_slots()
 
     # Algorithm 1
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: torch.amp.GradScaler | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Algorithm 1: new density and mask if they are due, then AdamW on the selected weights.
 
         Args:
             closure: computes the loss and its gradients anew, as in torch; its value is returned.
-            grad_scaler: passed by `GradScaler.step(optimizer)`.
 
         Raises:
             TypeError: if a gradient is sparse.
+            ValueError: if no parameter is trained, or if somebody has changed groups or state to what cannot be served.
+            RuntimeError: if there are several processes and gradients were not exchanged between them; see `local`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(parameter.requires_grad and parameter.numel() for parameter in self._frozen):
-            self._make_slots()
+        self._follow()
         self._release.flush()
-        self._release.settle()
         self._check_gradients()
-        if self._release.altered and not self._release.told:
-            self._warn_of_altered_gradients()
-        if amp.unscale(self, grad_scaler):
-            for i in range(len(self.param_groups)):
-                self._refresh_if_due(i)
-                self._take_gradients(i)
-            grad_scale = self._clip()
-            for i, group in enumerate(self.param_groups):
-                self._update(i, grad_scale)
-                group["steps"] += 1
-        if self.gradient_release:
-            self._release.stepped()
+        # GradScaler sets these two. Reading the first waits for the device, as GradScaler itself does.
+        infinite, grad_scale = getattr(self, "found_inf", 0.0), getattr(self, "grad_scale", None)
+        if bool(infinite):
+            return loss
+        inverse = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float()
+        for i, group in enumerate(self.param_groups):
+            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
+        for i, group in enumerate(self.param_groups):
+            self._update(i, inverse)
+            group["steps"] += 1
         return loss
 
-    def _refresh_if_due(self, i: int) -> None:
-        """Lines 1 and 2 of Algorithm 1, before the first gradient of a step is used and never later in that step."""
-        group, slots = self.param_groups[i], self._members[i][0]
+    def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
+        """The first gradient of a tensor in this step: its selection, which stands until the step is made.
+
+        A second first gradient means that the one before was thrown away: weights may have changed since.
+        """
+        slot = self._slots.get(parameter)
+        groups = len(self.param_groups) == len(self._members)
+        if slot is None or not groups or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
+            self._follow()
+            slot = self._slots.get(parameter)
+        if slot is None or slot.selection is None or not self._releases(i := self._group_of[parameter]):
+            return None
+        checks.check_gradient(slot.name, gradient)
+        by_device([slot])
+        group, selected = self.param_groups[i], self._members[i][0]
         t = group["steps"]
-        if self._window[i] == t:
-            return
-        without: list[Slot] = []
+        waiting = [other for other in selected if other is slot or is_zeroed(other.weight.grad)]
+        if slot.arrived_in == t:
+            for other in waiting:
+                other.selected_for = other.arrived_in = -1
+        slot.arrived_in = t
+        if slot.selected_for != t:
+            self._refresh(i, [other for other in waiting if other.selected_for != t])
+        return slot, group["grad_dtype"]
+
+    def _refresh(self, i: int, slots: Sequence[Slot]) -> None:
+        """Lines 1 and 2 of Algorithm 1: select for the present step, where that is due."""
+        group = self.param_groups[i]
+        t = group["steps"]
+        due, without = self._is_due(group), []
         if group["criterion"] == "gradient":
             without = [slot for slot in slots if slot.weight.grad is None]
             slots = [slot for slot in slots if slot.weight.grad is not None]
-            if not slots:
-                return
-        self._window[i] = t
-        if self._is_due(group):
+        if not slots:
+            return
+        for slot in slots:
+            slot.selected_for = t
+        if due:
             group["active_density"], group["refreshed_at"] = _density(group, t), t
+            without = [s for s in without if s.layout != layout(s.weight.shape, group["active_density"])]
+            self._leave([*slots, *without])
             for slot in without:
-                if slot.layout != layout(slot.weight.shape, group["active_density"]):
-                    empty(slot, group)
+                empty(slot, group)
         else:
-            slots = [slot for slot in slots if slot.fresh]  # unfrozen since the last refresh
+            slots = [slot for slot in slots if slot.unselected]  # unfrozen since the last refresh
+        gradients = [_kept(slot, group) for slot in slots]
         self._select(slots, group)
+        for slot, kept in zip(slots, gradients, strict=True):
+            if kept is not None:
+                self._keep(slot, *kept)
 
     @staticmethod
     def _is_due(group: Mapping[str, Any]) -> bool:
         t = group["steps"]
-        if group["refreshed_at"] < 0 or _density(group, t) != group["active_density"]:
+        if group["refreshed_at"] in (-1, t) or _density(group, t) != group["active_density"]:
             return True
         return bool(t % group["mask_interval"] == 0)
 
     @staticmethod
     def _select(slots: Iterable[Slot], group: Mapping[str, Any]) -> None:
-        rule = Selection(
+        rule = Rule(
             criterion=group["criterion"],
             keep_zeros=group["keep_zeros"],
             carry=group["moments"] == "carry",
             key=seed_key(group["seed"]),
             step=group["steps"],
+            in_place=group["capturable"],
         )
-        for device, members in by_device(slots):
+        for device, members, _ in by_device(list(slots)):
             gradients = None
             if rule.criterion == "gradient":
-                gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
+                gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]
             layouts = [layout(slot.weight.shape, _density(group, rule.step)) for slot in members]
             backend(device).select(members, layouts, rule, gradients)
             for slot in members:
-                slot.fresh = False
+                slot.unselected = False
                 slot.version += 1
 
-    def _collect(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Compact dense gradients, in backward (gradient release) or in step()."""
-        for i, group in enumerate(self.param_groups):
-            mine = {p: gradient for p, gradient in pairs if self._group_of[p] == i}
-            if mine:
-                self._refresh_if_due(i)
-            for device, members in by_device(self._slots[p] for p in mine):
-                backend(device).gather(members, [mine[slot.weight] for slot in members], group["grad_dtype"])
+    def _keep(self, slot: Slot, box: Box, before: Box) -> None:
+        """A gradient that was kept over a refresh: what it has for weights that stay. Newcomers have none."""
+        assert slot.selection is not None
+        if box.zeroed:
+            box.place(slot.selection, None)
+        elif before is not box:  # a graph goes on writing to these addresses
+            assert box.stored is not None
+            box.place(slot.selection, box.stored.copy_(before.moved_to(slot.selection)))
+        else:
+            box = Box(slot.selection, box.moved_to(slot.selection), slot=slot, accumulator=self._release)
+            slot.weight.grad = SelectedGradient(box, slot.weight)
 
-    def _take_gradients(self, i: int) -> None:
-        """Selected entries of the `p.grad` that were not released in backward, added to what is held."""
-        left = [(s.weight, s.weight.grad) for s in self._members[i][0] if s.weight.grad is not None]
-        left = [(parameter, gradient) for parameter, gradient in left if not stands_in(gradient)]
-        if left:
-            self._collect(left)
-            if self._releases(i):
-                for parameter, _ in left:
-                    parameter.grad = None
+    def _compact(self, boxes: Sequence[Box]) -> None:
+        """Take the selected entries of gradients that have gathered in backward."""
+        ours: list[tuple[Slot, Box]] = []
+        for box in boxes:
+            if box.slot is not None and box.selection is box.slot.selection:
+                ours.append((box.slot, box))
+            else:  # kept over a refresh
+                box.compact()
+        for device, members, mine in by_device([slot for slot, _ in ours], [box for _, box in ours]):
+            dense, add = [box.pending for box in mine], [box.stored is not None for box in mine]
+            entries = [box.room() for box in mine]
+            backend(device).gather(members, dense, entries, add)
+            for box, values in zip(mine, entries, strict=True):
+                box.stored, box.pending = values, None
+
+    def _entries(self, slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
+        """The selected entries of `p.grad`, whatever it is: [selected] each."""
+        entries: list[Any] = [None] * len(slots)
+        dense: list[int] = []
+        for i, slot in enumerate(slots):
+            gradient = slot.weight.grad
+            if type(gradient) is SelectedGradient:
+                assert slot.selection is not None
+                entries[i] = gradient._box.moved_to(slot.selection)
+            else:
+                dense.append(i)
+                self._release.hold(slot.weight)  # if swap_tensors has taken the hook away
+        for device, members, places in by_device([slots[i] for i in dense], dense):
+            found = [torch.empty(slot.layout.selected, dtype=dtype, device=device) for slot in members]
+            gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
+            backend(device).gather(members, gradients, found, [False] * len(found))
+            for i, values in zip(places, found, strict=True):
+                entries[i] = values
+        return entries
 
     def _check_gradients(self) -> None:
         """Refuse what cannot be used before anything of the step is done."""
+        seen = False
         for slot in self._slots.values():
             gradient = slot.weight.grad
-            if gradient is not None and gradient.layout != torch.strided and not stands_in(gradient):
-                checks.check_gradient(slot.name, gradient)
-
-    def _warn_of_altered_gradients(self) -> None:
-        """Once, where others have changed what they found in `p.grad` and gradients are held that they did not find."""
-        held = sum(slot.held is not None for slot in self._slots.values())
-        if held:
-            self._release.told = True
-            checks.warn_of_altered_gradients(held)
-
-    def _takes(self, parameter: Tensor, gradient: Tensor) -> bool:
-        slot = self._slots.get(parameter)
-        if slot is None or slot.layout is None or not self._releases(self._group_of[parameter]):
-            return False
-        checks.check_gradient(slot.name, gradient)
-        return True
-
-    def _witnesses(self) -> tuple[list[Tensor], list[Tensor]]:
-        return (
-            [slot.weight for _, dense in self._members for slot in dense],
-            [slot.weight for selected, _ in self._members for slot in selected if slot.held is not None],
-        )
+            if gradient is not None:
+                seen = True
+                if gradient.layout != torch.strided:
+                    checks.check_gradient(slot.name, gradient)
+        if self._looked:
+            return
+        checks.check_trained([slot.weight for slot in self._slots.values()] or self._frozen)
+        if self.gradient_release and not self.local:
+            checks.check_exchange([s.weight.grad for s in self._slots.values() if s.selection is not None])
+        self._looked = seen
 
     def _releases(self, i: int) -> bool:
         """Whether the gradients of a group's selected tensors are released; not if they decide the selection."""
         return self.gradient_release and self.param_groups[i]["criterion"] != "gradient"
 
-    def _clip(self) -> float | Tensor:
-        """What gradients are to be multiplied by so that their joint norm is at most `max_grad_norm`."""
-        if self.max_grad_norm is None:
-            return 1.0
-        gradients = self.held()
-        gradients += [slot.weight.grad for _, dense in self._members for slot in dense if slot.weight.grad is not None]
-        if not gradients:
-            return 1.0
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        scale: Tensor = self.max_grad_norm / (norm + 1e-6)
-        return scale.clamp(max=1.0)
-
     def _update(self, i: int, grad_scale: float | Tensor) -> None:
         """Lines 3 and 4 of Algorithm 1."""
-        group, (selected, dense) = self.param_groups[i], self._members[i]
-        selected = [slot for slot in selected if slot.held is not None]
-        dense = [slot for slot in dense if slot.weight.grad is not None]
-        self._count([*selected, *dense], i)
-        for slot in selected:
-            if slot.steps % (MAX_AGE // 2) == 0:
-                reference.restamp(slot)
-        beta1, beta2 = group["betas"]
-        adam = Adam(
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            stochastic_rounding=group["stochastic_rounding"],
-            key=seed_key(group["seed"]),
-            grad_scale=grad_scale,
-            capturable=group["capturable"],
-        )
-        for device, members in by_device(selected):
-            backend(device).update(members, adam)
-        for device, members in by_device(dense):
-            gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
-            backend(device).update_dense(members, gradients, adam)
-        if not self._releases(i):
-            for slot in selected:  # p.grad is still there, and is what zero_grad() speaks of
-                slot.held = None
+        group = self.param_groups[i]
+        selected, dense = ([slot for slot in some if slot.weight.grad is not None] for some in self._members[i])
+        entries = self._entries(selected, group["grad_dtype"])
+        gradients = [slot.weight.grad for slot in dense]
+        gradients = [_as_dense(g) if type(g) is SelectedGradient else g for g in gradients]
+        with self._counted([*selected, *dense], i):
+            for slot in selected:
+                if slot.steps - slot.restamped >= MAX_AGE // 2:
+                    reference.restamp(slot)
+            beta1, beta2 = group["betas"]
+            adam = Adam(
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                stochastic_rounding=group["stochastic_rounding"],
+                key=seed_key(group["seed"]),
+                grad_scale=grad_scale,
+                capturable=group["capturable"],
+            )
+            for device, members, theirs in by_device(selected, entries):
+                backend(device).update(members, theirs, adam)
+            for device, members, theirs in by_device(dense, gradients):
+                backend(device).update_dense(members, theirs, adam)
 
-    def _count(self, slots: Sequence[Slot], i: int) -> None:
-        """Count a step of these tensors of group i. Those in step with each other share one count."""
-        counts = {id(count): count for count in (slot.state["step"] for slot in slots)}
-        if len(slots) < sum(map(len, self._members[i])):  # those who stand still keep the count that they shared
-            moving = {id(slot) for slot in slots}
-            still = {id(slot.state["step"]) for some in self._members[i] for slot in some if id(slot) not in moving}
-            counts = {key: count.clone() if key in still else count for key, count in counts.items()}
+    @contextlib.contextmanager
+    def _counted(self, slots: Sequence[Slot], i: int) -> Iterator[None]:
+        """Count a step of these tensors of group i; taken back if it is interrupted.
+
+        Those in step with each other share one count.
+        """
+        everybody = len(slots) == sum(map(len, self._members[i]))
+        counts = self._counts.get(i) if everybody else None
+        if counts is None:
+            found = {id(count): count for count in (slot.state["step"] for slot in slots)}
+            if not everybody:  # those who stand still keep the count that they shared
+                moving = {id(slot) for slot in slots}
+                still = {id(slot.state["step"]) for some in self._members[i] for slot in some if id(slot) not in moving}
+                found = {key: count.clone() if key in still else count for key, count in found.items()}
+                for slot in slots:
+                    slot.state["step"] = found[id(slot.state["step"])]
+            counts = list(found.values())
+            self._counts = {**self._counts, i: counts} if everybody else {}
+
+        def add(number: int) -> None:
             for slot in slots:
-                slot.state["step"] = counts[id(slot.state["step"])]
-        for slot in slots:
-            slot.steps += 1
-        if counts:
-            torch._foreach_add_(list(counts.values()), 1)
+                slot.steps += number
+            if counts:
+                torch._foreach_add_(counts, number)
+
+        add(1)
+        try:
+            yield
+        except BaseException:
+            add(-1)
+            raise
 
     # Gradients
 
-    def held(self) -> list[Tensor]:
-        """Gradients of selected weights held since they were last zeroed: `grad_dtype` [selected], one a tensor."""
-        self._release.flush()
-        return [slot.held for slot in self._slots.values() if slot.held is not None]
-
     def gradient_bytes(self) -> int:
-        """Bytes of held gradients; dense tensors' `p.grad` come on top."""
-        return sum(held.nbytes for held in self.held())
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero `p.grad` and the held gradients, as in torch."""
-        super().zero_grad(set_to_none)
-        self._release.discard()
-        self._drop_held(in_place=not set_to_none)
-
-    def _drop_held(self, *, in_place: bool) -> None:
-        for slot in self._slots.values():
-            if slot.held is not None:
-                slot.held = slot.held.zero_() if in_place else None
-        self._window = [-1] * len(self.param_groups)  # what comes is the first gradient of its step
+        """Bytes that `p.grad` takes, of all parameters; `p.grad.nbytes` says what a dense one would take."""
+        return sum(gradient_bytes(p.grad) for p in self._group_of if p.grad is not None)
 
     @torch.no_grad()
     def release(self, enabled: bool = True) -> None:
-        """Switch gradient release on or off, at any time: gradients so far move to where they are read next.
-
-        Switched off, `p.grad` holds them (in the parameter's dtype, zero where nothing is selected), and torch's
-        own clipping and every other reader of `p.grad` work.
-        """
-        self._release.flush()
-        self._release.settle()
+        """Switch gradient release on or off, at any time. Switched off, gradients so far become dense in `p.grad`."""
         self.gradient_release = enabled
         if enabled:
             self._make_slots()
-            for i in range(len(self.param_groups)):
-                if self._releases(i):
-                    self._take_gradients(i)
             return
-        self._release.detach()
+        self._release.flush()
         for slot in self._slots.values():
-            if slot.held is not None:
-                if slot.weight.grad is None:
-                    slot.weight.grad = torch.zeros_like(slot.weight)
-                reference.scatter_add(slot, slot.weight.grad)
-                slot.held = None
+            slot.weight.grad = None if slot.weight.grad is None else _as_dense(slot.weight.grad)
 
     # What is selected, and what it takes
+
+    def positions(self, parameter: Tensor) -> Tensor | None:
+        """Where the weights are that the last update moved: int64, ascending, in the flattened parameter (row-major).
+
+        None for a dense tensor, all of which may have moved. Not what would be selected now: see `selected`.
+
+        Raises:
+            ValueError: if the parameter is not one of this optimizer.
+        """
+        self._check_member(parameter)
+        slot = self._slots.get(parameter)
+        if slot is None:
+            return torch.empty(0, dtype=torch.int64, device=parameter.device)
+        if slot.selection is None:
+            return None
+        return reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0]
+
+    def register_selection_pre_hook(self, hook: Callable[[NanoAdam, list[Tensor]], None]) -> RemovableHandle:
+        """Have `hook(optimizer, parameters)` called before the selections of these parameters are replaced.
+
+        `positions(parameter)` still has the old ones then. Hooks are not copied with the optimizer.
+        """
+        handle = RemovableHandle(self._selection_hooks)
+        self._selection_hooks[handle.id] = hook
+        return handle
+
+    def _leave(self, slots: Iterable[Slot]) -> None:
+        """Tell those who want to know that the selections of these are about to go."""
+        parameters = [slot.weight for slot in slots if not slot.unselected] if self._selection_hooks else []
+        for hook in tuple(self._selection_hooks.values()) if parameters else ():
+            hook(self, parameters)
+
+    def _check_member(self, parameter: Tensor) -> None:
+        if parameter not in self._group_of:
+            raise ValueError(f"the parameter of shape {tuple(parameter.shape)} is not in this optimizer")
 
     @torch.no_grad()
     def selected(self, parameter: Tensor) -> Tensor:
@@ -429,33 +519,40 @@ class NanoAdam(Optimizer):
         Raises:
             ValueError: if the parameter is not one of this optimizer.
         """
-        if not parameter.requires_grad and parameter in self._group_of:
+        self._follow()
+        self._check_member(parameter)
+        if not parameter.requires_grad or parameter.numel() == 0:
             return torch.zeros_like(parameter, dtype=torch.bool)
-        if parameter not in self._slots:
-            raise ValueError(f"the parameter of shape {tuple(parameter.shape)} is not in this optimizer")
         slot, group = self._slots[parameter], self.param_groups[self._group_of[parameter]]
-        if slot.layout is None:
+        if slot.selection is None:
             return torch.ones_like(parameter, dtype=torch.bool)
-        opened = self._window[self._group_of[parameter]] == group["steps"]
-        if not opened and (slot.fresh or self._is_due(group)) and group["criterion"] != "gradient":
-            empty = {name: slot.state[name].new_empty(0) for name in ("exp_avg", "exp_avg_sq")}
-            slot = Slot(parameter, empty, slot.ordinal)
+        t = group["steps"]
+        stands = slot.selected_for == t and not (slot.arrived_in == t and is_zeroed(parameter.grad))
+        if not stands and (slot.unselected or self._is_due(group)) and group["criterion"] != "gradient":
+            nothing = {name: slot.state[name].new_empty(0) for name in ("exp_avg", "exp_avg_sq")}
+            slot = Slot(parameter, nothing, slot.ordinal)
             self._select([slot], group)
-        return reference.mask(slot)
+        assert slot.selection is not None
+        return reference.mask(slot.selection, parameter.shape)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the selection of the coming step now if it is due, as its first gradient would.
 
-        With `capturable=True` this is called between replays of the captured step, and first brings the number
-        of steps up to what the device has counted.
+        With `capturable=True` this is called between replays of the captured step, at least once in 30,000, and first
+        brings the number of steps up to what the device has counted.
         """
+        self._follow()
+        self._release.flush()
         for i, group in enumerate(self.param_groups):
             if group["capturable"]:
                 for slot in (*self._members[i][0], *self._members[i][1]):
                     slot.steps = int(slot.state["step"].item())
                     group["steps"] = max(group["steps"], slot.steps)
-            self._refresh_if_due(i)
+                for slot in self._members[i][0]:
+                    if slot.steps - slot.restamped >= MAX_AGE // 2:
+                        reference.restamp(slot)
+            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state: indices, moments, entry steps and step counts of all tensors."""
@@ -465,20 +562,22 @@ class NanoAdam(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch: plain tensors and plain values, loadable with `torch.load(weights_only=True)`."""
+        self._follow()
         saved = super().state_dict()
         # Tensors of the same age share their count here; whoever loads into this dict must find one for each.
         saved["state"] = {
-            key: {**state, "step": state["step"].clone()} if "step" in state else state
+            key: {**state, "step": state["step"].clone()} if isinstance(key, int) and "exp_avg" in state else state
             for key, state in saved["state"].items()
         }
-        for group in saved["param_groups"]:
+        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+            group["shapes"] = [tuple(parameter.shape) for parameter in own["params"]]  # sizes alone do not tell
             if isinstance(group["density"], Schedule):
                 group["density"] = group["density"].to_dict()
         return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, bit for bit; nothing changes if it does not fit. Held gradients are dropped.
+        """Go on from a saved state, bit for bit; nothing changes if it does not fit. `p.grad` stays, as in torch.
 
         Tensors are copied, except those that are this optimizer's own: accelerate's wrapper loads an optimizer's state
         into itself, and a copy of it beside the original would be the peak of the whole run.
@@ -486,35 +585,39 @@ class NanoAdam(Optimizer):
         Raises:
             ValueError: if the state was not saved by NanoAdam for parameters of these shapes.
         """
-        checks.check_state(self.param_groups, state_dict)
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            if isinstance(group["density"], Mapping):
-                group["density"] = Schedule(**group["density"])
-        self.zero_grad()
-        own = {id(value) for state in self.state.values() for value in state.values()}
-        # torch gets the groups only: it would cast every tensor to its parameter's dtype, indices too.
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self._forget()  # what was there before is freed as it is replaced
+        # Not torch's own: it would cast every tensor to its parameter's dtype, indices too.
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups = checks.check_state(self.param_groups, state_dict)
+        own = {id(value) for slot in self._slots.values() for value in slot.state.values()}
         keys = [key for group in groups for key in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            params = group["params"]
+            group.update(copy.deepcopy({name: value for name, value in saved.items() if name != "params"}))
+            group["params"] = params
+        self._leave(self._slots.values())
+        self._release.let_go(self._release.held)
+        self._slots, self._members = {}, []  # what was there before is freed as it is replaced
+        state = state_dict["state"]
+        for key in [key for key in list[Any](self.state) if not isinstance(key, Tensor)]:
+            del self.state[key]
+        self.state.update({key: copy.deepcopy(value) for key, value in state.items() if key not in keys})
+        for i, group in enumerate(self.param_groups):
+            self._group_of.update(dict.fromkeys(group["params"], i))
         for key, parameter in zip(keys, parameters, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
+            loaded = state.get(key, {})
+            self.state.pop(parameter, None)
+            for name, value in loaded.items():
                 on_host = name == "step" and not self.param_groups[self._group_of[parameter]]["capturable"]
                 home = torch.device("cpu") if on_host else parameter.device
                 kept = id(value) in own and value.device == home
                 self.state[parameter][name] = value if kept else value.detach().to(home, copy=True)
         self._make_slots()
-
-    def _forget(self) -> None:
-        """Let go of all that is derived from parameters, groups and state, and of what it holds alive."""
-        self._release.detach()
-        self._slots, self._members, self._window = {}, [], []
-
-    def _rebuild(self) -> None:
-        """Derive everything from parameters, groups and state anew."""
-        self._forget()
-        self._make_slots()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     @torch.no_grad()
     def prepare(self, steps: int) -> None:
@@ -531,25 +634,33 @@ class NanoAdam(Optimizer):
         for group in self.param_groups:
             group["active_density"] = _density(group, max(0, steps - 1))
         self.state.clear()
-        self._rebuild()
+        self._make_slots()
 
     def __getstate__(self) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in ("max_grad_norm", "gradient_release", "release_bytes")}
+        options = {name: getattr(self, name) for name in ("gradient_release", "release_bytes", "local", "made_with")}
         return {**super().__getstate__(), **options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "defaults" in state:  # a copy or an unpickled one, not load_state_dict()
-            self._release = GradientRelease(self, self.release_bytes)
-            self._rebuild()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # accelerate wraps step() in a function of (*args, **kwargs), which hides from GradScaler that it takes one.
-        if name == "step" and inspect.isfunction(value):
-            value.__signature__ = inspect.signature(type(self).step)  # type: ignore[attr-defined]
-        super().__setattr__(name, value)
+        self._start()
+        self._make_slots()
 
 
 def _density(group: Mapping[str, Any], step: int) -> float:
     density = group["density"]
     return density(step) if isinstance(density, Schedule) else float(density)
+
+
+def _as_dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if isinstance(gradient, SelectedGradient) else gradient
+
+
+def _kept(slot: Slot, group: Mapping[str, Any]) -> tuple[Box, Box] | None:
+    """A gradient that the optimizer has put into `p.grad`, and where its entries are before a refresh."""
+    gradient = slot.weight.grad
+    if type(gradient) is not SelectedGradient or gradient._box.slot is not slot:
+        return None
+    box = gradient._box
+    if box.zeroed or not group["capturable"]:
+        return box, box
+    return box, Box(Selection(box.selection.index.clone(), box.selection.layout), box.values)

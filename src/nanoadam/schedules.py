@@ -17,7 +17,7 @@ KINDS = ("constant", "linear", "cosine")
 class Schedule:
     """The density as a function of the step: `schedule(step) -> float` in (0, 1].
 
-    It changes only at multiples of `interval`, and stays at `end` from `total_steps` on. With an interval
+    It changes only at multiples of `interval`, and at `total_steps`, from where on it stays at `end`. With an interval
     longer than `total_steps` it stays at `start`, as in the paper ("d > T switches it off").
     """
 
@@ -44,7 +44,7 @@ class Schedule:
         if self.kind == "constant" or self.interval > self.total_steps:
             return self.start
         changed_at = step - step % self.interval
-        done = min(1.0, changed_at / self.total_steps)
+        done = 1.0 if step >= self.total_steps else changed_at / self.total_steps
         if self.kind == "cosine":
             done = 0.5 - 0.5 * math.cos(math.pi * done)
         return self.start + (self.end - self.start) * done if done < 1.0 else self.end

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanoadam.chunks import layout
-from nanoadam.ops import Slot
+from nanoadam.chunks import Layout, layout
+from nanoadam.ops import Selection, Slot
 
 
-def by_device(slots: Iterable[Slot]) -> Iterable[tuple[torch.device, list[Slot]]]:
-    """Slots of each device, in their order, with their state on it."""
-    slots = list(slots)
+def by_device(
+    slots: Sequence[Slot], beside: Sequence[Any] = ()
+) -> Iterable[tuple[torch.device, Sequence[Slot], Sequence[Any]]]:
+    """Slots of each device, in their order, with their state on it, and what belongs to each of them."""
     devices = [slot.weight.device for slot in slots]
     for slot, device in zip(slots, devices, strict=True):
         if slot.state["exp_avg"].device != device:
             _follow(slot, device)
-    return [
-        (device, [slot for slot, its in zip(slots, devices, strict=True) if its == device])
-        for device in dict.fromkeys(devices)
-    ]
+    kinds = set(devices)
+    if len(kinds) < 2:
+        return [(device, slots, beside) for device in kinds]
+    parts = []
+    for device in dict.fromkeys(devices):
+        mine = [i for i, its in enumerate(devices) if its == device]
+        parts.append((device, [slots[i] for i in mine], [beside[i] for i in mine] if beside else beside))
+    return parts
 
 
 def _follow(slot: Slot, device: torch.device) -> None:
@@ -30,39 +35,51 @@ def _follow(slot: Slot, device: torch.device) -> None:
     for name, value in slot.state.items():
         if name != "step" or value.device.type != "cpu":
             slot.state[name] = value.to(device)
-    slot.held = None if slot.held is None else slot.held.to(device)
+    if slot.selection is not None:
+        slot.selection = Selection(slot.state["index"], slot.selection.layout)
     slot.version += 1
     slot.cache.clear()  # addresses on the old device
 
 
 def empty(slot: Slot, group: Mapping[str, Any]) -> None:
     """Nothing selected, at the present density, and no moments."""
-    slot.layout = layout(slot.weight.shape, group["active_density"])
-    device, dtype, count = slot.weight.device, group["state_dtype"], slot.layout.selected
-    slot.state["exp_avg"] = torch.zeros(count, dtype=dtype, device=device)
-    slot.state["exp_avg_sq"] = torch.zeros(count, dtype=dtype, device=device)
-    slot.state["index"] = torch.full((count,), -1, dtype=torch.int16, device=device)
+    lay = layout(slot.weight.shape, group["active_density"])
+    device, dtype, count = slot.weight.device, group["state_dtype"], lay.selected
+    state = {name: torch.zeros(count, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
+    state["index"] = torch.full((count,), -1, dtype=torch.int16, device=device)
     own_ages = count if group["moments"] == "carry" else 1
-    slot.state["born"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
-    slot.held, slot.fresh = None, True
+    state["entry_step"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
+    slot.take(state, lay, in_place=False)
+    slot.unselected = True
     slot.version += 1
+
+
+def is_dense(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter gets ordinary AdamW."""
+    return bool(group["dense"]) or parameter.dim() < 2
+
+
+def saved_layout(parameter: Tensor, group: Mapping[str, Any]) -> Layout | None:
+    """The layout that a parameter's state has; None for a dense one."""
+    return None if is_dense(parameter, group) else layout(parameter.shape, group["active_density"])
 
 
 def make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:
     """A parameter's slot, with empty state unless it has some."""
     slot = Slot(parameter, state, ordinal, name=name)
-    if not group["dense"] and parameter.dim() >= 2:
-        slot.layout = layout(parameter.shape, group["active_density"])
+    lay = saved_layout(parameter, group)
     if not state:
         device, dtype = parameter.device, group["state_dtype"]
         state["step"] = torch.zeros((), dtype=torch.float32, device=device if group["capturable"] else "cpu")
-        if slot.layout is None:
+        if lay is None:
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         else:
             empty(slot, group)
+    elif lay is not None:
+        slot.selection = Selection(state["index"], lay)
     slot.steps = int(state["step"].item())
-    if slot.layout is not None:
+    if lay is not None:
         # It may never have been selected from: no gradient at a refresh that goes by gradients.
-        slot.fresh = bool((state["index"] < 0).all())
+        slot.unselected = bool((state["index"] < 0).all())
     return slot

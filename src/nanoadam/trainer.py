@@ -1,62 +1,93 @@
 """NanoAdam under transformers' Trainer, without importing transformers.
 
-The Trainer clips by `TrainingArguments.max_grad_norm`, 1.0 by default, and sees only `p.grad`: with gradient release
-those are the dense tensors' alone. Pass `max_grad_norm=0` there, give NanoAdam its own, and add
-`nanoadam.callback.NanoAdamCallback`, which refuses a run where the Trainer would clip the wrong thing.
+The Trainer makes the optimizer when training begins, from the model as it is then: with its adapters, from `model_init`
+or from a model's name. Its schedule, clipping (`max_grad_norm`), accumulation and loss scaling work as with AdamW.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from nanoadam import checks
-from nanoadam.groups import Overrides, param_groups
+from nanoadam.groups import Overrides, check_head_lr, param_groups
 from nanoadam.optimizer import NanoAdam
+
+OF_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay", "eps": "adam_epsilon"}
+"""Options that TrainingArguments has under another name; betas it has as two."""
+
+
+class TrainerFactory:
+    """What makes the optimizer. transformers calls `TrainerFactory()(model, **kwargs)`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float = 0.0,
+        dense: Overrides = (),
+        selected: Overrides = (),
+        head_lr: float | None = None,
+        **options: Any,
+    ) -> NanoAdam:
+        """NanoAdam on `param_groups(model)`."""
+        groups = param_groups(model, weight_decay=weight_decay, dense=dense, selected=selected, head_lr=head_lr)
+        return NanoAdam(groups, **options)
 
 
 def for_trainer(
-    model: nn.Module,
-    lr: float | Tensor = 1e-4,
     *,
-    weight_decay: float = 0.0,
+    args: Any = None,
+    lr: float | Tensor | None = None,
+    weight_decay: float | None = None,
     dense: Overrides = (),
     selected: Overrides = (),
     head_lr: float | None = None,
     **options: Any,
-) -> tuple[type[NanoAdam], dict[str, Any]]:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` takes, with the groups of `param_groups(model)`.
-
-    The learning rate and weight decay are these; those of TrainingArguments are not used. The schedule is the
-    Trainer's. One call serves one Trainer, which takes the groups out of the dict. The model is the one that
-    the Trainer gets: not with `model_init`, which makes another.
+) -> tuple[type[TrainerFactory], dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes. It names no model, so one may serve several Trainers.
 
     Args:
-        model: the model to finetune.
-        lr: the learning rate at the top of the Trainer's schedule.
+        args: TrainingArguments, to take learning rate, weight decay, betas and epsilon from, unless given here.
+        lr: the learning rate at the top of the Trainer's schedule; 1e-4 without `args`, which is warned of.
         weight_decay: for matrices, embeddings and heads; as in `param_groups`.
-        dense: as in `param_groups`.
-        selected: as in `param_groups`.
+        dense, selected: as in `param_groups`.
         head_lr: of the newly made head, at the top of the same schedule; as in `param_groups`.
-        options: of `NanoAdam`: density, mask_interval, max_grad_norm, ...
+        options: of `NanoAdam`: density, mask_interval, ...
 
     Returns:
-        `(NanoAdam, {"params": groups, "lr": lr, ...})`.
+        `(TrainerFactory, {"lr": lr, ...})`.
 
     Raises:
-        ValueError, TypeError: for an option or a model that cannot be served, at once and not when training begins.
+        ValueError, TypeError: for an option that cannot be served, at once and not when training begins.
     """
-    groups = param_groups(model, weight_decay=weight_decay, dense=dense, selected=selected, head_lr=head_lr)
-    unknown = sorted(options.keys() - inspect.signature(NanoAdam).parameters.keys())
+    if isinstance(args, nn.Module):
+        raise TypeError("for_trainer takes no model any more, the Trainer gives it its own: for_trainer(density=...)")
+    given = dict(options)
+    if lr is not None:
+        given["lr"] = lr
+    if weight_decay is not None:
+        given["weight_decay"] = weight_decay
+    if args is not None:
+        theirs = {ours: getattr(args, name) for ours, name in OF_ARGUMENTS.items()}
+        given = {**theirs, "betas": (args.adam_beta1, args.adam_beta2), **given}
+    known = inspect.signature(NanoAdam).parameters
+    unknown = sorted(given.keys() - known.keys() | given.keys() & {"params"})
     if unknown:
         raise TypeError(f"NanoAdam has no option {unknown[0]!r}: see help(nanoadam.NanoAdam) for those it has")
-    given = inspect.signature(NanoAdam).bind(groups, lr=lr, weight_decay=weight_decay, **options)
-    given.apply_defaults()
-    checks.check_release(*(given.arguments[key] for key in ("max_grad_norm", "gradient_release", "release_bytes")))
-    for i, group in enumerate(groups):
-        settings = {**given.arguments, **group}
-        checks.check_options(settings, checks.label(group, i))
-        checks.check_parameters(group["params"], settings, checks.label(group, i))
-    return NanoAdam, {"params": groups, "lr": lr, **options}
+    if "lr" not in given:
+        given["lr"] = known["lr"].default
+        warnings.warn(
+            f"nanoadam.for_trainer was given no learning rate: it uses {given['lr']:g}, whatever TrainingArguments "
+            "say. Pass args=training_args, or lr=",
+            UserWarning,
+            stacklevel=2,
+        )
+    complete = {name: given.get(name, option.default) for name, option in known.items() if name != "params"}
+    checks.check_release(*(complete[name] for name in ("gradient_release", "release_bytes", "local")))
+    checks.check_options({**complete, "dense": False}, "every group")
+    check_head_lr(head_lr)
+    return TrainerFactory, {**given, "dense": dense, "selected": selected, "head_lr": head_lr}

@@ -25,8 +25,8 @@ WINDOW |= dict.fromkeys(("blocks", "row", "last", "filled", "number"), "i32")
 
 UPDATE = {"LR_POINTER": False, "SCALE_POINTER": True, "STEP_POINTER": False, "MAXIMIZE": False, "STOCHASTIC": True}
 UPDATE |= {"WEIGHT_TYPE": tl.bfloat16, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False, "WIDE": False, "BLOCK": 1024}
-SELECT = {"CRITERION": 0, "KEEP_ZEROS": False, "CARRY": True, "CARRY_HELD": False, "WEIGHT_TYPE": tl.bfloat16}
-SELECT |= {"GRADIENT_TYPE": tl.bfloat16, "HELD_TYPE": tl.float32, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False}
+SELECT = {"CRITERION": 0, "KEEP_ZEROS": False, "CARRY": True, "WEIGHT_TYPE": tl.bfloat16}
+SELECT |= {"GRADIENT_TYPE": tl.bfloat16, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False}
 SELECT |= {
     "ALIGNED": True,
     "SIFT": True,
@@ -39,8 +39,8 @@ SELECT |= {
 }
 GATHER = {
     "GRADIENT_TYPE": tl.bfloat16,
-    "HELD_TYPE": tl.float32,
-    "ACCUMULATE": True,
+    "ENTRIES_TYPE": tl.float32,
+    "ADD": True,
     "CHANNELS_LAST": True,
     "WIDE": True,
     "BLOCK": 1024,
@@ -53,13 +53,17 @@ LARGE = {"BLOCK": 256, "WIDE": True}
 
 CASES = [
     (kernels.gather, GATHER, 4),
-    (kernels.update, UPDATE | {"HELD_TYPE": tl.float32}, 4),
-    (kernels.update, UPDATE | {"HELD_TYPE": tl.bfloat16, "CHANNELS_LAST": True, "STEP_POINTER": True, "WIDE": True}, 4),
+    (kernels.update, UPDATE | {"ENTRIES_TYPE": tl.float32}, 4),
+    (
+        kernels.update,
+        UPDATE | {"ENTRIES_TYPE": tl.bfloat16, "CHANNELS_LAST": True, "STEP_POINTER": True, "WIDE": True},
+        4,
+    ),
     (kernels.update_dense, UPDATE | {"GRADIENT_TYPE": tl.bfloat16, "ALIGNED": True}, 4),
     (kernels.update_dense, UPDATE | {"GRADIENT_TYPE": tl.float32, "ALIGNED": False, "WEIGHT_TYPE": tl.float32}, 4),
     (selection.select, SELECT, 1),
     (selection.select, SELECT | {"WEIGHT_TYPE": tl.float32, "ALIGNED": False, "CARRY": False}, 1),
-    (selection.select, SELECT | {"CRITERION": 2, "KEEP_ZEROS": True, "CARRY_HELD": True}, 1),
+    (selection.select, SELECT | {"CRITERION": 2, "KEEP_ZEROS": True}, 1),
     (
         selection.select,
         SELECT | {"CRITERION": 3, "CHANNELS_LAST": True, "SIFT": False, "CANDIDATES": 1024, "KEPT": 512},

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoadam.chunks import layout
-from nanoadam.ops import Selection, Slot, reference
+from nanoadam.ops import Rule, Slot, reference
 from oracle import smallest_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -14,7 +14,7 @@ SHAPES = [(3, 5), (1, 1), (9, 700), (130, 33), (2, 4097), (1, 9000), (3, 2, 3, 3
 
 
 def rule(**changes):
-    return Selection(**{"criterion": "smallest", "keep_zeros": False, "carry": True, "key": 1, "step": 0, **changes})
+    return Rule(**{"criterion": "smallest", "keep_zeros": False, "carry": True, "key": 1, "step": 0, **changes})
 
 
 def fresh_slot(weight):
@@ -24,7 +24,7 @@ def fresh_slot(weight):
 def selected(ops, weight, density, **changes):
     slot = fresh_slot(weight)
     ops.select([slot], [layout(weight.shape, density)], rule(**changes), None)
-    return reference.mask(slot)
+    return reference.mask(slot.selection, weight.shape)
 
 
 def awkward(shape, dtype, seed=0):
@@ -127,30 +127,27 @@ def test_a_refresh_carries_moments_of_survivors_and_forgets_the_rest(ops, device
     weight = torch.randn(shape).masked_fill(torch.rand(shape) < 0.3, 0.0).to(device)
     slot = fresh_slot(weight)
     ops.select([slot], [layout(shape, densities[0])], rule(keep_zeros=keep_zeros), None)
-    before = reference.mask(slot)
-    dense = {n: torch.randn(shape, device=device) for n in ("exp_avg", "exp_avg_sq", "held")}
+    before = reference.mask(slot.selection, shape)
+    dense = {n: torch.randn(shape, device=device) for n in ("exp_avg", "exp_avg_sq")}
     used = slot.state["index"] >= 0
     for name, values in dense.items():
         packed = torch.zeros(used.numel(), device=device).masked_scatter(used, values[before])
-        if name == "held":
-            slot.held = packed
-        else:
-            slot.state[name] = packed
+        slot.state[name] = packed
     slot.steps = 70000  # beyond 16 bits
-    slot.state["born"] = torch.tensor([60000 - 65536], dtype=torch.int16, device=device)
+    slot.state["entry_step"] = torch.tensor([60000 - 65536], dtype=torch.int16, device=device)
 
     weight += 0.3 * torch.randn(shape, device=device) * (weight != 0)
     ops.select([slot], [layout(shape, densities[1])], rule(keep_zeros=keep_zeros), None)
-    after = reference.mask(slot)
+    after = reference.mask(slot.selection, shape)
     assert torch.equal(
         after.cpu(), torch.from_numpy(smallest_mask(weight.cpu().double().numpy(), densities[1], keep_zeros=keep_zeros))
     )
     used = slot.state["index"] >= 0
     for name, values in dense.items():
-        packed = slot.held if name == "held" else slot.state[name]
+        packed = slot.state[name]
         assert torch.equal(packed[used], torch.where(before, values, 0.0)[after])
         assert not packed[~used].any()
-    age = (slot.steps - slot.state["born"].int()) & 0xFFFF
+    age = (slot.steps - slot.state["entry_step"].int()) & 0xFFFF
     assert torch.equal(age.expand(used.numel())[used], torch.where(before, 10000, 0)[after].int())
 
 
@@ -164,7 +161,7 @@ def test_reset_starts_every_weight_over(ops, device):
     ops.select([slot], [lay], rule(carry=False), None)
     assert not slot.state["exp_avg"].any()
     assert not slot.state["exp_avg_sq"].any()
-    assert ((slot.steps - slot.state["born"].int()) & 0xFFFF == 0).all()
+    assert ((slot.steps - slot.state["entry_step"].int()) & 0xFFFF == 0).all()
 
 
 def test_selection_by_gradient_takes_the_largest_gradients(ops, device):
@@ -172,4 +169,4 @@ def test_selection_by_gradient_takes_the_largest_gradients(ops, device):
     slot = fresh_slot(weight)
     ops.select([slot], [layout(weight.shape, 0.05)], rule(criterion="gradient"), [gradient])
     expected = smallest_mask(gradient.cpu().double().numpy(), 0.05, criterion="largest")
-    assert torch.equal(reference.mask(slot).cpu(), torch.from_numpy(expected))
+    assert torch.equal(reference.mask(slot.selection, weight.shape).cpu(), torch.from_numpy(expected))

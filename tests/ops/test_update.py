@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanoadam.chunks import layout
-from nanoadam.ops import Adam, Selection, Slot, reference
+from nanoadam.ops import Adam, Rule, Selection, Slot, reference
 from nanoadam.ops.rounding import seed_key
 
 SHAPES = [(40, 130), (3, 4500), (1, 1), (8, 4, 3, 3)]
@@ -16,7 +16,7 @@ def selected_slot(weight, density, state_dtype=torch.float32, ordinal=1, keep_ze
     lay = layout(weight.shape, density)
     moments = {name: torch.zeros(lay.selected, dtype=state_dtype) for name in ("exp_avg", "exp_avg_sq")}
     slot = Slot(weight, {"step": torch.zeros(()), **moments}, ordinal)
-    reference.select([slot], [lay], Selection("smallest", keep_zeros, True, 0, 0), None)
+    reference.select([slot], [lay], Rule("smallest", keep_zeros, True, 0, 0), None)
     return slot
 
 
@@ -24,7 +24,8 @@ def to_device(slot, device):
     twin = copy.copy(slot)
     twin.weight = slot.weight.detach().clone(memory_format=torch.preserve_format).to(device)
     twin.state = {name: value.clone().to(device if name != "step" else "cpu") for name, value in slot.state.items()}
-    twin.held = None if slot.held is None else slot.held.clone().to(device)
+    if slot.selection is not None:
+        twin.selection = Selection(twin.state["index"], slot.layout)
     twin.cache = {}
     return twin
 
@@ -38,28 +39,28 @@ def adam(**changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gather_takes_and_accumulates_the_selected_entries(ops, device, dtype, held):
+def test_gather_takes_and_accumulates_the_selected_entries(ops, device, dtype, kept):
     torch.manual_seed(0)
     weights = [torch.randn(shape).masked_fill(torch.rand(shape) < 0.9, 0.0).to(dtype) for shape in SHAPES]
     slots = [to_device(selected_slot(w, 0.2, ordinal=i, keep_zeros=True), device) for i, w in enumerate(weights)]
     gradients = [[torch.randn(w.shape).to(dtype) for w in weights] for _ in range(2)]
-    for several in gradients:
-        ops.gather(slots, [g.to(device) for g in several], held)
-    for slot, first, second in zip(slots, *gradients, strict=True):
-        mask, used = reference.mask(slot).cpu(), (slot.state["index"] >= 0).cpu()
-        expected = (first.to(held).float() + second.float()).to(held)[mask]
-        assert torch.equal(slot.held.cpu()[used], expected)
-        assert not slot.held.cpu()[~used].any()
+    entries = [torch.full((slot.layout.selected,), float("nan"), dtype=kept, device=device) for slot in slots]
+    for add, several in zip((False, True), gradients, strict=True):
+        ops.gather(slots, [g.to(device) for g in several], entries, [add] * len(slots))
+    for slot, got, first, second in zip(slots, entries, *gradients, strict=True):
+        mask, used = reference.mask(slot.selection, first.shape).cpu(), (slot.state["index"] >= 0).cpu()
+        expected = (first.to(kept).float() + second.float()).to(kept)[mask]
+        assert torch.equal(got.cpu()[used], expected)
+        assert not got.cpu()[~used].any()
 
 
 def moved(slots, steps, rule, ops, device, gradients):
     for slot in slots:
         slot.steps = steps
         slot.state["step"].fill_(steps)
-        slot.held = gradients[slot.ordinal].to(device)
-    ops.update(slots, rule)
+    ops.update(slots, [gradients[slot.ordinal].to(device) for slot in slots], rule)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
@@ -70,7 +71,7 @@ def test_update_is_the_references(ops, device, dtype, state_dtype, stochastic, s
     torch.manual_seed(0)
     options = {"stochastic_rounding": stochastic, "grad_scale": scale, "maximize": not stochastic}
     base = [selected_slot(torch.randn(shape).to(dtype), 0.2, state_dtype, i) for i, shape in enumerate(SHAPES)]
-    base[1].state["born"] = torch.randint(0, 5, base[1].state["index"].shape, dtype=torch.int16)
+    base[1].state["entry_step"] = torch.randint(0, 5, base[1].state["index"].shape, dtype=torch.int16)
     expected, got = [to_device(s, "cpu") for s in base], [to_device(s, device) for s in base]
     for steps in (5, 6, 70000):
         gradients = [torch.randn(s.layout.selected) for s in base]
@@ -98,11 +99,10 @@ def test_update_is_the_references(ops, device, dtype, state_dtype, stochastic, s
 def test_update_leaves_what_is_not_selected_and_empty_places_alone(ops, device):
     weight = torch.randn(30, 200).masked_fill(torch.rand(30, 200) < 0.95, 0.0)
     slot = to_device(selected_slot(weight, 0.2, keep_zeros=True), device)
-    slot.held = torch.full((slot.layout.selected,), float("nan"), device=device)
     slot.steps = 1
-    mask, used = reference.mask(slot).cpu(), (slot.state["index"] >= 0).cpu()
+    mask, used = reference.mask(slot.selection, weight.shape).cpu(), (slot.state["index"] >= 0).cpu()
     assert not used.all()
-    ops.update([slot], adam())
+    ops.update([slot], [torch.full((slot.layout.selected,), float("nan"), device=device)], adam())
     assert torch.equal(slot.weight.cpu()[~mask], weight[~mask])
     assert slot.weight.cpu()[mask].isnan().all()
     assert not slot.state["exp_avg"].cpu()[~used].any()

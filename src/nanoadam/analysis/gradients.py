@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoadam.analysis.measures import relation
+from nanoadam.gradients import SelectedGradient
 from nanoadam.groups import param_groups
 
 __all__ = ["GradientRecorder", "measure_gradients", "tensors"]
@@ -60,6 +61,11 @@ def measure_gradients(
 
     def hook(name: str) -> Callable[[Tensor], None]:
         def measured(parameter: Tensor) -> None:
+            if isinstance(parameter.grad, SelectedGradient):
+                raise ValueError(
+                    f"the gradient of {name} is cut down by a NanoAdam: measure before the optimizer is made, or use "
+                    "optimizer.release(False)"
+                )
             if last and parameter.grad is not None:
                 with torch.no_grad():
                     found[name] = measure(parameter.detach(), parameter.grad)
@@ -122,7 +128,7 @@ class GradientRecorder:
         def measured(parameter: Tensor) -> None:
             if self._step not in self._steps:
                 return
-            if parameter.grad is None:
+            if parameter.grad is None or isinstance(parameter.grad, SelectedGradient):
                 raise ValueError(
                     f"the gradient of {name} was taken before it was measured: make the recorder before the optimizer"
                 )

@@ -266,9 +266,9 @@ def effective_learning_rate(optimizer: Optimizer) -> float:
             if beta2 is None or eps is None or "exp_avg_sq" not in state or "step" not in state:
                 continue
             v, age = state["exp_avg_sq"].double().flatten(), torch.as_tensor(state["step"]).double()
-            if "born" in state:  # NanoAdam: every selected weight counts its own updates, in 16 bits
+            if "entry_step" in state:  # NanoAdam: every selected weight counts its own updates, in 16 bits
                 steps = int(age.item())
-                age = ((steps - state["born"].to(torch.int32)) & 0xFFFF).double().expand(v.shape)
+                age = ((steps - state["entry_step"].to(torch.int32)) & 0xFFFF).double().expand(v.shape)
             used = (age.to(v.device) > 0).expand(v.shape)
             if "index" in state:
                 used = used & (state["index"].flatten() >= 0)

@@ -117,7 +117,7 @@ def dequantize(code: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _scale(low: Tensor, high: Tensor) -> Tensor:
     # By a tensor: torch divides by a number on GPUs by multiplying with its inverse, which rounds differently.
-    return (high.float() - low.float()) / torch.full((), 15.0, device=low.device)
+    return (high.float() - low.float()) / torch.full((), 15.0, dtype=torch.float32, device=low.device)
 
 
 def largest(values: Tensor, keep: int) -> Tensor:
@@ -189,7 +189,7 @@ def _compress(gradient: Tensor, state: Mapping[str, Tensor], part: Part) -> tupl
 
 def _direction(state: Mapping[str, Tensor], part: Part, step: Step) -> Tensor:
     """Lines 10 to 12: moments from the window, corrected for bias; float32, flat."""
-    first = torch.zeros(part.blocks, part.length, device=state["index"].device)
+    first = torch.zeros(part.blocks, part.length, dtype=torch.float32, device=state["index"].device)
     second = torch.zeros_like(first)
     for row in range(min(step.number, step.window)):
         age = (step.number - 1 - row) % step.window

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanoadam.baselines import window_kernels as kernels
 from nanoadam.baselines.window import BUCKET, Blocks, Step
+from nanoadam.ops import tables
 from nanoadam.ops.tables import TYPES, block_rows, on, signed, upload
 
 MAX_BLOCK = 8192
@@ -74,7 +75,7 @@ def _kind(job: Job) -> _Kind:
         weight=job.weight.dtype,
         gradient=job.gradient.dtype,
         size=max(BUCKET, triton.next_power_of_2(job.blocks.block)),
-        wide=job.blocks.numel >= 2**31,
+        wide=job.blocks.numel >= tables.WIDE_FROM,
         aligned=job.blocks.numel % BUCKET == 0
         and job.gradient.data_ptr() % 16 == 0
         and job.state["error"].data_ptr() % 16 == 0,

@@ -23,6 +23,7 @@ from nanoadam.baselines import BASELINES
 from nanoadam.comparing.shapes import MODELS, Shapes
 from nanoadam.finetuning import folders, optimizers
 from nanoadam.finetuning.config import Config
+from nanoadam.gradients import gradient_bytes
 from nanoadam.state import state_bytes
 from nanoadam.text import nearest
 
@@ -148,15 +149,14 @@ def measure(model: nn.Module, config: Config, repeats: int) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     factory, arguments = optimizers.make(model, config, optimizers.Plan(10**6, 10**6))
-    optimizer: Optimizer = factory(**arguments) if "params" in arguments else factory()(model, **arguments)
+    optimizer: Optimizer = factory()(model, **arguments)
     released = optimizers.by_nanoadam(config) or bool(optimizers.options(config).get("release"))
     gradients = 0
 
     def step() -> tuple[float, float]:
         nonlocal gradients
         backward = _ms(feed, device) - plain
-        held = optimizer.gradient_bytes() if isinstance(optimizer, NanoAdam) else 0
-        gradients = max(gradients, held + sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+        gradients = max(gradients, sum(gradient_bytes(p.grad) for p in model.parameters() if p.grad is not None))
         update = _ms(optimizer.step, device)
         optimizer.zero_grad()
         return update, max(0.0, backward) * released

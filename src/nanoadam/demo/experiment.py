@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nanoadam
+from nanoadam.gradients import gradient_bytes
 
 __all__ = ["METRICS", "Demo", "Outcome", "Settings", "run"]
 
@@ -237,16 +238,14 @@ def finetune(
     touched = [torch.zeros_like(p, dtype=torch.bool) for p, _ in matrices]
     optimizer = make_optimizer(settings, model, density, lr, seed)
     generator = torch.Generator().manual_seed(1_000 + seed)
-    gradient_bytes = 0
+    most_gradients = 0
     curve: list[tuple[float, float]] = []
     for _ in range(settings.finetune_epochs):
         for images, labels in batches(task2.train, settings.batch_size, generator):
             optimizer.zero_grad()
             functional.cross_entropy(model(images), labels).backward()
-            held = bytes_of(p.grad for p in model.parameters())
-            if isinstance(optimizer, nanoadam.NanoAdam):
-                held += optimizer.gradient_bytes()
-            gradient_bytes = max(gradient_bytes, held)
+            held = sum(gradient_bytes(p.grad) for p in model.parameters() if p.grad is not None)
+            most_gradients = max(most_gradients, held)
             optimizer.step()
         for (p, start), seen in zip(matrices, touched, strict=True):
             seen |= p.detach() != start
@@ -268,7 +267,7 @@ def finetune(
         touched=sum(int(t.sum()) for t in touched) / sum(t.numel() for t in touched),
         l2_moved=math.sqrt(sum(float((p.detach() - start).double().square().sum()) for p, start in matrices)),
         state_bytes=state_bytes,
-        gradient_bytes=gradient_bytes,
+        gradient_bytes=most_gradients,
         task2_validation=validation,
         task2_validation_loss=validation_loss,
         curve=curve,

@@ -98,7 +98,7 @@ def check(config: Config) -> None:
     if by_nanoadam(config):
         if config.optimizer == "lora":
             adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
-        return  # nanoadam.for_trainer checks with the model itself
+        return  # nanoadam.for_trainer checks its options itself
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
     where: Any = {"device": device, "dtype": getattr(torch, config.dtype)}
     layer = nn.Sequential(nn.Linear(4, 4, **where), nn.Linear(4, 4, **where))
@@ -127,7 +127,7 @@ def make(model: nn.Module, config: Config, plan: Plan) -> Made:
             nanoadam.param_groups(model, head_lr=config.head_learning_rate)
         except ValueError as error:
             raise ValueError(str(error).replace("head_lr", "head_learning_rate")) from error
-    return _nanoadam(model, config, plan) if by_nanoadam(config) else _for_trainer(config)
+    return _nanoadam(config, plan) if by_nanoadam(config) else _for_trainer(config)
 
 
 def _for_trainer(config: Config) -> Made:
@@ -143,7 +143,7 @@ def _for_trainer(config: Config) -> Made:
     )
 
 
-def _nanoadam(model: nn.Module, config: Config, plan: Plan) -> Made:
+def _nanoadam(config: Config, plan: Plan) -> Made:
     recommended = nanoadam.recommended_intervals(plan.steps_per_epoch)
     start, end = config.densities
     density: float | Schedule = start
@@ -152,7 +152,6 @@ def _nanoadam(model: nn.Module, config: Config, plan: Plan) -> Made:
         interval = config.density_interval or recommended.density_interval
         density = shape(start, end, total_steps=plan.total_steps, interval=interval)
     return nanoadam.for_trainer(
-        model,
         lr=config.learning_rate if config.learning_rate is not None else typical(config, plan.total_steps),
         weight_decay=config.weight_decay,
         head_lr=config.head_learning_rate,
@@ -167,7 +166,6 @@ def _nanoadam(model: nn.Module, config: Config, plan: Plan) -> Made:
         stochastic_rounding=config.stochastic_rounding,
         gradient_release=config.gradient_release,
         grad_dtype=getattr(torch, config.grad_dtype),
-        max_grad_norm=config.max_grad_norm,
         seed=config.seed,
     )
 

@@ -60,7 +60,6 @@ def broken_weight(model: nn.Module) -> str | None:
 def arguments_for(job: Job, folder: Path, total_steps: int, **options: Any) -> TrainingArguments:
     """What the Trainer is told, without logs, evaluations and checkpoints unless `options` say so."""
     config = job.config
-    itself = optimizers.by_nanoadam(config)
     warmup = config.warmup * total_steps if config.warmup < 1 else min(config.warmup, total_steps)
     chosen: dict[str, Any] = {
         "per_device_train_batch_size": config.batch_size,
@@ -69,7 +68,7 @@ def arguments_for(job: Job, folder: Path, total_steps: int, **options: Any) -> T
         "max_steps": total_steps,
         "lr_scheduler_type": config.scheduler,
         "warmup_steps": math.ceil(warmup),
-        "max_grad_norm": 0.0 if itself or config.max_grad_norm is None else config.max_grad_norm,
+        "max_grad_norm": config.max_grad_norm or 0.0,
         "label_smoothing_factor": config.label_smoothing,
         "bf16": config.autocast == "bf16",
         "fp16": config.autocast == "fp16",
@@ -112,13 +111,11 @@ def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] |
         save_strategy="steps" if config.save_model else "no",
         save_steps=config.save_every or plan.steps_per_epoch,
     )  # fmt: skip
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [Changed(job)] if changed else []  # before what compares options
     if optimizers.by_nanoadam(config):
         callbacks.append(NanoAdamCallback(config.log_touched))
     if config.best:
         callbacks.append(Best(out / "checkpoints", task.metric, task.higher_is_better))
-    if changed:
-        callbacks.append(Changed(job))
     trainer = RunTrainer.of(job, arguments, [*callbacks, metrics])
     trainer.keep = config.keep_checkpoints
     return trainer

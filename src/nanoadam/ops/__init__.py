@@ -7,6 +7,7 @@ launch for a whole list of tensors. `backend(device)` picks; `NANOADAM_BACKEND=r
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -20,6 +21,40 @@ MAX_AGE = 32768
 """Updates after which the age of a selected weight stops counting: its bias correction has long become 1."""
 
 
+class _Loan:
+    """What a borrower of a selection holds."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(eq=False)
+class Selection:
+    """Which weights of one tensor are selected. It never changes while somebody has borrowed it, but may go stale.
+
+    index: int16 [layout.selected]; position within its chunk of each selected weight, ascending within a chunk;
+        -1 for a place left empty (`keep_zeros` with fewer nonzero weights than places).
+    """
+
+    index: Tensor
+    layout: Layout
+    stale: bool = False
+    """`index` was written over by a later selection, as CUDA graphs need it."""
+    _loan: weakref.ref[_Loan] | None = None
+
+    def borrow(self) -> _Loan:
+        """Keep `index` from being written over for as long as the result lives."""
+        loan = self._loan() if self._loan is not None else None
+        if loan is None:
+            loan = _Loan()
+            self._loan = weakref.ref(loan)
+        return loan
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether some gradient has these positions."""
+        return self._loan is not None and self._loan() is not None
+
+
 @dataclass(eq=False)
 class Slot:
     """One parameter and what the optimizer keeps for it.
@@ -27,26 +62,47 @@ class Slot:
     `state` is the very dict that `optimizer.state[parameter]` holds:
         step: float32 scalar; updates this parameter has had.
         exp_avg, exp_avg_sq: state dtype; first and second moment, [selected] or the parameter's shape if dense.
-        index: int16 [selected]; position within its chunk of each selected weight, ascending within a chunk;
-            -1 for a place left empty (`keep_zeros` with fewer nonzero weights than places). Not for dense ones.
-        born: int16 [selected], or [1] where moments are not carried and all selected weights enter together; the
-            low 16 bits of `step` when the weight entered. Not for dense ones.
+        index: int16 [selected]; that of `selection`. Not for dense ones.
+        entry_step: int16 [selected], or [1] where moments are not carried and all selected weights enter together;
+            the low 16 bits of `step` when the weight entered. Not for dense ones.
     """
 
     weight: Tensor
     state: dict[str, Tensor]
     ordinal: int  # which tensor of the optimizer: its own stream of random bits
-    layout: Layout | None = None  # None: a dense tensor
+    selection: Selection | None = None  # None: a dense tensor
     name: str = ""
     steps: int = 0  # state["step"] as a Python number
-    fresh: bool = True  # nothing has been selected yet
-    version: int = 0  # counts selections
+    unselected: bool = True  # nothing has been selected yet
+    selected_for: int = -1  # the step of its group that the selection stands for
+    arrived_in: int = -1  # the step of its group in which its last first gradient arrived
+    version: int = 0  # counts selections and moves
+    restamped: int = 0  # the update at which entry steps were last kept from wrapping around
     cache: dict[str, Any] = field(default_factory=dict)  # for a backend's own use
-    held: Tensor | None = None  # grad dtype [selected]: gradient of the selected weights so far
+
+    @property
+    def layout(self) -> Layout:
+        """Of the present selection."""
+        assert self.selection is not None
+        return self.selection.layout
+
+    def take(self, state: dict[str, Tensor], layout: Layout, *, in_place: bool) -> None:
+        """A new selection: its state, in new tensors or, `in_place`, in those that were there."""
+        before = self.selection
+        if in_place and before is not None and before.layout == layout:
+            for name, value in state.items():
+                if value is not self.state[name]:
+                    self.state[name].copy_(value)
+        else:
+            self.state.update(state)
+        if before is None or before.borrowed or before.index is not self.state["index"] or before.layout != layout:
+            if before is not None and before.index is self.state["index"]:
+                before.stale = True
+            self.selection = Selection(self.state["index"], layout)
 
 
 @dataclass(frozen=True)
-class Selection:
+class Rule:
     """Which weights of a chunk are selected. `criterion` is one of `optimizer.CRITERIA`."""
 
     criterion: str
@@ -54,6 +110,7 @@ class Selection:
     carry: bool  # weights that stay selected keep their moments; otherwise all start over
     key: int  # random bits for criterion "random"
     step: int
+    in_place: bool = False  # state keeps its addresses, whoever has borrowed the selection: for CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -69,26 +126,31 @@ class Adam:
     stochastic_rounding: bool
     key: int  # of the seed
     capturable: bool = False  # read the step from the device
-    grad_scale: float | Tensor = 1.0  # gradients are multiplied by this: clipping, loss scaling
+    grad_scale: float | Tensor = 1.0  # gradients are multiplied by this: the inverse of a loss scale
 
 
 class Backend(Protocol):
     """The operations. All slots of a call are on one device; lists may be empty."""
 
     def select(
-        self, slots: Sequence[Slot], layouts: Sequence[Layout], rule: Selection, gradients: Sequence[Tensor] | None
+        self, slots: Sequence[Slot], layouts: Sequence[Layout], rule: Rule, gradients: Sequence[Tensor] | None
     ) -> None:
         """Select anew from the present weights; `layouts` replace the slots' own.
 
-        `gradients` (dense, one a slot) only for criterion "gradient". Replaces `index`, and carries or resets
-        `exp_avg`, `exp_avg_sq`, `born` and `held`.
+        `gradients` (dense, one a slot) only for criterion "gradient". Replaces `selection` and `index`, and carries
+        or resets `exp_avg`, `exp_avg_sq` and `entry_step`.
         """
 
-    def gather(self, slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Add the selected entries of dense gradients to `held`, which is made (in `dtype`) where it is None."""
+    def gather(
+        self, slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]
+    ) -> None:
+        """Write the selected entries of dense gradients into `entries` [selected], or add them to what is there."""
 
-    def update(self, slots: Sequence[Slot], adam: Adam) -> None:
-        """One AdamW step on the selected weights from `held`. `steps` and `state["step"]` already count it."""
+    def update(self, slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
+        """One AdamW step on the selected weights; `entries` are their gradients.
+
+        `steps` and `state["step"]` already count it.
+        """
 
     def update_dense(self, slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
         """One AdamW step on every weight of dense tensors."""

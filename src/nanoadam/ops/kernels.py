@@ -73,8 +73,8 @@ WEIGHT = tl.constexpr(0)
 INDEX = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
 EXP_AVG_SQ = tl.constexpr(3)
-BORN = tl.constexpr(4)
-BORN_STRIDE = tl.constexpr(5)
+ENTRY_STEP = tl.constexpr(4)
+ENTRY_STEP_STRIDE = tl.constexpr(5)
 STEP = tl.constexpr(6)
 ORDINAL = tl.constexpr(7)
 LINE = tl.constexpr(8)
@@ -119,18 +119,35 @@ def _row_major(offset, row, spatial, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def _count(row, at: tl.constexpr, WIDE: tl.constexpr):
+    """A number from the table that may be beyond 31 bits in a tensor of that many weights."""
+    if WIDE:
+        number = tl.load(row + at)
+    else:
+        number = tl.load(row + at).to(tl.int32)
+    return number
+
+
+@triton.jit
+def _entries(row, block, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The entries that a block serves: their places in the list, and which there are."""
+    number = block - _number(row, FIRST)
+    if WIDE:
+        number = number.to(tl.int64)
+    entry = number * BLOCK + tl.arange(0, BLOCK)
+    return entry, entry < _count(row, SELECTED, WIDE)
+
+
+@triton.jit
 def _entry_position(row, entry, index, WIDE: tl.constexpr):
     """Row-major position of a selected entry from its place in the list and its index within its chunk."""
-    kept_per_line = _number(row, KEPT_PER_LINE)
+    kept_per_line = _count(row, KEPT_PER_LINE, WIDE)
     number = entry // kept_per_line
     within = entry - number * kept_per_line
     of_line = tl.minimum(within // tl.maximum(_number(row, KEEP), 1), _number(row, FULL))
-    position = of_line * _number(row, CHUNK) + index
-    if WIDE:  # positions beyond 31 bits
-        position = number.to(tl.int64) * tl.load(row + LINE) + position
-    else:
-        position = number * _number(row, LINE) + position
-    return position
+    if WIDE:  # a chunk's number fits 31 bits, where it begins does not
+        of_line = of_line.to(tl.int64)
+    return number * _count(row, LINE, WIDE) + of_line * _number(row, CHUNK) + index
 
 
 @triton.jit
@@ -154,10 +171,10 @@ def _number(row, at: tl.constexpr):
 def gather(
     table,
     block_rows,
-    addresses,  # int64 [tensors, 2]: of the dense gradient, of the held one
+    addresses,  # int64 [tensors, 2]: of the dense gradient, of its entries
     GRADIENT_TYPE: tl.constexpr,
-    HELD_TYPE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    ENTRIES_TYPE: tl.constexpr,
+    ADD: tl.constexpr,  # to the entries that are there
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -166,17 +183,16 @@ def gather(
     block = tl.program_id(0)
     tensor = tl.load(block_rows + block)
     row = table + tensor * COLUMNS
-    entry = (block - _number(row, FIRST)) * BLOCK + tl.arange(0, BLOCK)
-    live = entry < _number(row, SELECTED)
+    entry, live = _entries(row, block, WIDE, BLOCK)
     index = tl.load(_field(row, INDEX, tl.int16) + entry, mask=live, other=-1).to(tl.int32)
     used = index >= 0
     position = _entry_position(row, entry, index, WIDE)
     offset = _storage_offset(position, _number(row, ROW), _number(row, GRADIENT_SPATIAL), CHANNELS_LAST)
     value = tl.load(_field(addresses, 2 * tensor, GRADIENT_TYPE) + offset, mask=used, other=0.0).to(tl.float32)
-    held = _field(addresses, 2 * tensor + 1, HELD_TYPE) + entry
-    if ACCUMULATE:
-        value += tl.load(held, mask=live, other=0.0).to(tl.float32)
-    _store(held, value, 0, live, False)
+    mine = _field(addresses, 2 * tensor + 1, ENTRIES_TYPE) + entry
+    if ADD:
+        value += tl.load(mine, mask=live, other=0.0).to(tl.float32)
+    _store(mine, value, 0, live, False)
 
 
 @triton.jit
@@ -209,7 +225,7 @@ def update(
     MAXIMIZE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
-    HELD_TYPE: tl.constexpr,
+    ENTRIES_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -223,15 +239,14 @@ def update(
         lr = tl.load(lr_pointer).to(tl.float32)
     if STEP_POINTER:
         step = tl.load(_field(row, STEP, tl.float32)).to(tl.int32)
-    entry = (block - _number(row, FIRST)) * BLOCK + tl.arange(0, BLOCK)
-    live = entry < _number(row, SELECTED)
+    entry, live = _entries(row, block, WIDE, BLOCK)
     index = tl.load(_field(row, INDEX, tl.int16) + entry, mask=live, other=-1).to(tl.int32)
     used = index >= 0
     position = _entry_position(row, entry, index, WIDE)
     pointer = _field(row, WEIGHT, WEIGHT_TYPE)
     pointer += _storage_offset(position, _number(row, ROW), _number(row, SPATIAL), CHANNELS_LAST)
     weight = tl.load(pointer, mask=used, other=0.0).to(tl.float32)
-    gradient = tl.load(_field(addresses, tensor, HELD_TYPE) + entry, mask=used, other=0.0).to(tl.float32)
+    gradient = tl.load(_field(addresses, tensor, ENTRIES_TYPE) + entry, mask=used, other=0.0).to(tl.float32)
     if SCALE_POINTER:
         gradient = gradient * tl.load(scale_pointer)
     if MAXIMIZE:
@@ -240,8 +255,8 @@ def update(
     average_sq = _field(row, EXP_AVG_SQ, STATE_TYPE) + entry
     exp_avg = tl.load(average, mask=used, other=0.0).to(tl.float32)
     exp_avg_sq = tl.load(average_sq, mask=used, other=0.0).to(tl.float32)
-    born = tl.load(_field(row, BORN, tl.int16) + entry * _number(row, BORN_STRIDE), mask=used, other=0).to(tl.int32)
-    age = tl.minimum((step - born) & 0xFFFF, MAX_AGE)
+    entered = _field(row, ENTRY_STEP, tl.int16) + entry * _number(row, ENTRY_STEP_STRIDE)
+    age = tl.minimum((step - tl.load(entered, mask=used, other=0).to(tl.int32)) & 0xFFFF, MAX_AGE)
     step_size = lr * tl.load(corrections + age)
     correction2 = tl.load(corrections + (MAX_AGE + 1) + age)
     decay = 1.0 - lr * weight_decay
@@ -293,12 +308,7 @@ def update_dense(
         lr = tl.load(lr_pointer).to(tl.float32)
     if STEP_POINTER:
         step = tl.load(_field(row, STEP, tl.float32)).to(tl.int32)
-    offset = (block - _number(row, FIRST)) * BLOCK + tl.arange(0, BLOCK)
-    if WIDE:
-        offset = (block - _number(row, FIRST)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        live = offset < tl.load(row + SELECTED)
-    else:
-        live = offset < _number(row, SELECTED)
+    offset, live = _entries(row, block, WIDE, BLOCK)
     if ALIGNED:
         live = offset < tl.multiple_of(tl.load(row + SELECTED), 8)  # 8 of them are then loaded and stored together
         pointer = _list(row, WEIGHT, WEIGHT_TYPE) + offset

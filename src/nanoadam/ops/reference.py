@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanoadam.chunks import Layout
-from nanoadam.ops import MAX_AGE, Adam, Selection, Slot
+from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot
 from nanoadam.ops.rounding import random_words, round_stochastically, tensor_key
 
 _NEVER = 0x7FFFFFFF  # rank of a weight that may not be selected
@@ -62,7 +62,7 @@ def _magnitude(values: Tensor) -> Tensor:
     return bits.clamp_(max=infinity + 1)
 
 
-def _ranks(weight: Tensor, rule: Selection, ordinal: int, gradient: Tensor | None) -> Tensor:
+def _ranks(weight: Tensor, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
     """int32 [numel]: the lower, the sooner selected."""
     values = weight.detach().reshape(-1)
     if rule.criterion == "random":
@@ -105,7 +105,7 @@ def _first(ranks: Tensor, keep: int) -> Tensor:
     return place.masked_fill_(place == length, -1).to(torch.int16)
 
 
-def _select(weight: Tensor, layout: Layout, rule: Selection, ordinal: int, gradient: Tensor | None) -> Tensor:
+def _select(weight: Tensor, layout: Layout, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
     ranks = _ranks(weight, rule, ordinal, gradient).view(layout.lines, layout.line)
     cut = layout.full * layout.chunk
     body = _first(ranks[:, :cut].reshape(-1, layout.chunk), layout.keep).view(layout.lines, -1)
@@ -125,70 +125,69 @@ def _survivors(old: Tensor, old_layout: Layout, new: Tensor, new_layout: Layout)
     return (before[place] == after) & (new >= 0), place
 
 
-def select(
-    slots: Sequence[Slot], layouts: Sequence[Layout], rule: Selection, gradients: Sequence[Tensor] | None
-) -> None:
+def select(slots: Sequence[Slot], layouts: Sequence[Layout], rule: Rule, gradients: Sequence[Tensor] | None) -> None:
     for i, (slot, layout) in enumerate(zip(slots, layouts, strict=True)):
         index = _select(slot.weight, layout, rule, slot.ordinal, gradients[i] if gradients is not None else None)
-        state, old_layout = slot.state, slot.layout
-        born = torch.full((index.numel() if rule.carry else 1,), slot.steps, dtype=torch.int64, device=index.device)
-        born = born.to(torch.int16)  # its low 16 bits
-        kept = place = None
-        if slot.steps or slot.held is not None:
-            assert old_layout is not None
-            kept, place = _survivors(state["index"], old_layout, index, layout)
-        if slot.held is not None and kept is not None and place is not None:
-            slot.held = torch.where(kept, slot.held[place], 0)
-        for name in ("exp_avg", "exp_avg_sq"):
-            moment = state[name]
-            if slot.steps and rule.carry and kept is not None and place is not None:
-                state[name] = torch.where(kept, moment[place], 0)
-            else:
-                state[name] = torch.zeros(layout.selected, dtype=moment.dtype, device=moment.device)
-        if slot.steps and rule.carry and kept is not None and place is not None:
+        count = index.numel()
+        entry_step = torch.full((count if rule.carry else 1,), slot.steps, dtype=torch.int64, device=index.device)
+        new = {"index": index, "entry_step": entry_step.to(torch.int16)}  # its low 16 bits
+        if slot.steps and rule.carry:
+            kept, place = _survivors(slot.state["index"], slot.layout, index, layout)
+            for name in ("exp_avg", "exp_avg_sq"):
+                new[name] = torch.where(kept, slot.state[name][place], 0)
             age = _age(slot)
-            restamped = (slot.steps - age).to(torch.int16).expand(state["index"].numel())  # it may have been reset
-            born = torch.where(kept, restamped[place], born)
-        state["born"], state["index"], slot.layout = born, index, layout
-
-
-def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
-    for slot, gradient in zip(slots, gradients, strict=True):
-        assert slot.layout is not None
-        index = slot.state["index"]
-        place = _storage_offsets(positions(index.clamp(min=0), slot.layout), gradient)
-        entries = _flat_storage(gradient)[place].float().masked_fill_(index < 0, 0)
-        if slot.held is None:
-            slot.held = entries.to(dtype)
+            restamped = (slot.steps - age).to(torch.int16).expand(slot.state["index"].numel())  # it may have been reset
+            new["entry_step"] = torch.where(kept, restamped[place], new["entry_step"])
         else:
-            slot.held.copy_(slot.held.float() + entries)  # rounded once, where it is not float32
+            for name in ("exp_avg", "exp_avg_sq"):
+                new[name] = torch.zeros(count, dtype=slot.state[name].dtype, device=index.device)
+        slot.take(new, layout, in_place=rule.in_place)
 
 
-def scatter_add(slot: Slot, dense: Tensor) -> None:
-    """Add the held gradient to a dense one of the parameter's shape."""
-    assert slot.layout is not None and slot.held is not None
-    used = slot.state["index"] >= 0
-    place = _storage_offsets(positions(slot.state["index"], slot.layout)[used], dense)
-    _flat_storage(dense)[place] += slot.held[used].to(dense.dtype)
+def take(selection: Selection, dense: Tensor) -> Tensor:
+    """The selected entries of a dense tensor, in its dtype: [selected], zero at empty places."""
+    index = selection.index
+    place = _storage_offsets(positions(index.clamp(min=0), selection.layout), dense)
+    return _flat_storage(dense)[place].masked_fill_(index < 0, 0)
 
 
-def mask(slot: Slot) -> Tensor:
+def put(selection: Selection, entries: Tensor, dense: Tensor) -> None:
+    """Write entries [selected] into a dense tensor."""
+    used = selection.index >= 0
+    place = _storage_offsets(positions(selection.index, selection.layout)[used], dense)
+    _flat_storage(dense)[place] = entries[used].to(dense.dtype)
+
+
+def move(entries: Tensor, old: Selection, new: Selection) -> Tensor:
+    """Entries [selected] of one selection as those of another: zero for weights that the old one had not."""
+    kept, place = _survivors(old.index, old.layout, new.index, new.layout)
+    return torch.where(kept, entries[place], 0)
+
+
+def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]) -> None:
+    for slot, gradient, mine, more in zip(slots, gradients, entries, add, strict=True):
+        assert slot.selection is not None
+        new = take(slot.selection, gradient).float()
+        mine.copy_(mine.float() + new if more else new)  # rounded once, where it is not float32
+
+
+def mask(selection: Selection, shape: Sequence[int]) -> Tensor:
     """Which weights are selected: bool, of the parameter's shape."""
-    assert slot.layout is not None
-    index = slot.state["index"]
-    chosen = torch.zeros(slot.layout.numel, dtype=torch.bool, device=index.device)
-    chosen[positions(index, slot.layout)[index >= 0]] = True
-    return chosen.view(slot.weight.shape)
+    index, layout = selection.index, selection.layout
+    chosen = torch.zeros(layout.numel, dtype=torch.bool, device=index.device)
+    chosen[positions(index, layout)[index >= 0]] = True
+    return chosen.view(tuple(shape))
 
 
 def _age(slot: Slot) -> Tensor:
-    """int32, like `born`: updates since each selected weight entered, this one included; at most MAX_AGE."""
-    return ((slot.steps - slot.state["born"].to(torch.int32)) & 0xFFFF).clamp_(max=MAX_AGE)
+    """int32, like `entry_step`: updates since each selected weight entered, this one included; at most MAX_AGE."""
+    return ((slot.steps - slot.state["entry_step"].to(torch.int32)) & 0xFFFF).clamp_(max=MAX_AGE)
 
 
 def restamp(slot: Slot) -> None:
     """Move entry steps up so that ages stay at MAX_AGE: to be called before their low 16 bits wrap around."""
-    slot.state["born"].copy_((slot.steps - _age(slot)).to(torch.int16))
+    slot.state["entry_step"].copy_((slot.steps - _age(slot)).to(torch.int16))
+    slot.restamped = slot.steps
 
 
 def _store(target: Tensor, value: Tensor, noise: Tensor | None) -> Tensor:
@@ -229,17 +228,16 @@ def _noise(slot: Slot, adam: Adam, position: Tensor) -> tuple[Tensor | None, Ten
     return first if moments else None, first >> 16 if moments else None, second if weight else None
 
 
-def update(slots: Sequence[Slot], adam: Adam) -> None:
-    for slot in slots:
-        state, held = slot.state, slot.held
-        assert slot.layout is not None and held is not None
+def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
+    for slot, gradient in zip(slots, entries, strict=True):
+        state = slot.state
         index = state["index"]
         used = index >= 0
         position = positions(index.clamp(min=0), slot.layout)
         storage, place = _flat_storage(slot.weight), _storage_offsets(position, slot.weight)
         weight, exp_avg, exp_avg_sq = _adam(
             storage[place].float(),
-            held.float(),
+            gradient.float(),
             state["exp_avg"].float(),
             state["exp_avg_sq"].float(),
             _age(slot),

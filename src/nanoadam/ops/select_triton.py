@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nanoadam.chunks import Layout
-from nanoadam.ops import Selection, Slot, kernels, reference, selection
+from nanoadam.ops import Rule, Slot, kernels, reference, selection
 from nanoadam.ops.tables import TYPES, block_rows, is_aligned, on, partition, signed, spatial, upload
 
 # How selection is cut for the GPU, as measured on an H200 (docs/design.md). None of it changes a result.
@@ -23,13 +23,11 @@ _PROGRAMS_PER_PROCESSOR = 32
 _REGISTERS = 64  # a thread; waiting for memory is what takes the time, so many warps beat fast ones
 
 _CRITERIA = {"smallest": 0, "largest": 1, "random": 2, "gradient": 3}
-_STATE = ("index", "exp_avg", "exp_avg_sq", "born")
+_STATE = ("index", "exp_avg", "exp_avg_sq", "entry_step")
 _RELAYOUT_BYTES = 512 * 2**20  # new state allocated beside the old at a time, when the density changes
 
 
-def select(
-    slots: Sequence[Slot], layouts: Sequence[Layout], rule: Selection, gradients: Sequence[Tensor] | None
-) -> None:
+def select(slots: Sequence[Slot], layouts: Sequence[Layout], rule: Rule, gradients: Sequence[Tensor] | None) -> None:
     dense: Sequence[Tensor | None] = [None] * len(slots) if gradients is None else gradients
     items = list(zip(slots, layouts, dense, strict=True))
 
@@ -38,14 +36,12 @@ def select(
         strides = min(spatial(slot.weight), 2)
         if strides == 0 or (gradient is not None and min(spatial(gradient), 2) != strides):
             return None
-        held = None if slot.held is None else slot.held.dtype
         carry = rule.carry and slot.steps > 0
         state = slot.state["exp_avg"].dtype
         aligned = is_aligned(slot.weight, lay.line, lay.chunk, lay.tail) and (gradient is None or is_aligned(gradient))
         return (
             slot.weight.dtype,
             None if gradient is None else gradient.dtype,
-            held,
             carry,
             state,
             strides == 2,
@@ -66,7 +62,7 @@ def select(
         for item in members:
             slot, lay, _ = item
             batch.append(item)
-            if slot.layout != lay and slot.steps:
+            if slot.steps and slot.layout != lay:
                 size += lay.selected * (4 + 2 * slot.state["exp_avg"].element_size())
             if size > _RELAYOUT_BYTES:  # the old state of this batch is freed before the next is made
                 _select_batch(batch, rule, *what)
@@ -87,17 +83,16 @@ class _SelectLaunch:
 
 def _select_batch(
     batch: Sequence[tuple[Slot, Layout, Tensor | None]],
-    rule: Selection,
+    rule: Rule,
     weight_type: torch.dtype,
     gradient_type: torch.dtype | None,
-    held_type: torch.dtype | None,
     carry: bool,
     state_type: torch.dtype,
     channels_last: bool,
     aligned: bool,
 ) -> None:
     device = batch[0][0].weight.device
-    results = [_room(slot, lay, rule.carry) for slot, lay, _ in batch]
+    results = [_room(slot, lay, rule) for slot, lay, _ in batch]
     if not carry:
         _start_over(batch, results)
     signature = [
@@ -105,11 +100,11 @@ def _select_batch(
             slot.weight.data_ptr(),
             *(slot.state[name].data_ptr() for name in _STATE if name in slot.state),
             *(new[name].data_ptr() for name in _STATE),
-            slot.layout,
+            slot.selection and slot.layout,
             lay,
             1 if gradient is None else spatial(gradient),
         )
-        for (slot, lay, gradient), (new, _) in zip(batch, results, strict=True)
+        for (slot, lay, gradient), new in zip(batch, results, strict=True)
     ]
     first = batch[0][0]
     cached = first.cache.get("select")
@@ -117,10 +112,9 @@ def _select_batch(
         cached = first.cache["select"] = signature, _plan_selection(batch, results)
     launch: _SelectLaunch = cached[1]
     changing: list[int] = []
-    for (slot, _, gradient), (_, held) in zip(batch, results, strict=True):
-        changing += [0 if tensor is None else tensor.data_ptr() for tensor in (slot.held, held, gradient)]
-        changing.append(slot.steps)
-    places = launch.sizes["longest"] if carry or held_type is not None else 0
+    for slot, _, gradient in batch:
+        changing += [0 if gradient is None else gradient.data_ptr(), slot.steps]
+    places = launch.sizes["longest"] if carry else 0
     candidates = launch.sizes["candidates"]
     programs = min(launch.chunks, _PROGRAMS_PER_PROCESSOR * _processors(device))
     scratch = torch.empty((programs, 2 * candidates + places), dtype=torch.int16, device=device)
@@ -136,10 +130,8 @@ def _select_batch(
             CRITERION=_CRITERIA[rule.criterion],
             KEEP_ZEROS=rule.keep_zeros,
             CARRY=carry,
-            CARRY_HELD=held_type is not None,
             WEIGHT_TYPE=TYPES[weight_type],
             GRADIENT_TYPE=TYPES[gradient_type or weight_type],
-            HELD_TYPE=TYPES[held_type or torch.float32],
             STATE_TYPE=TYPES[state_type],
             CHANNELS_LAST=channels_last,
             ALIGNED=aligned,
@@ -153,63 +145,59 @@ def _select_batch(
             num_warps=max(1, candidates // _CANDIDATES_PER_WARP),
             maxnreg=_REGISTERS,
         )
-    for (slot, lay, _), (new, held) in zip(batch, results, strict=True):
-        slot.state.update(new)
-        slot.layout, slot.held = lay, held
+    for (slot, lay, _), new in zip(batch, results, strict=True):
+        slot.take(new, lay, in_place=False)  # where the old state may be written over, the kernel has done so
 
 
-def _room(slot: Slot, lay: Layout, carry: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Where a new selection goes: state and held gradient, the old places where the counts stay the same."""
-    state, held, device = slot.state, slot.held, slot.weight.device
-    in_place = slot.layout == lay and "index" in state
+def _room(slot: Slot, lay: Layout, rule: Rule) -> dict[str, Tensor]:
+    """Where the state of a new selection goes: the old places where the counts stay the same."""
+    state, device = slot.state, slot.weight.device
+    in_place = slot.selection is not None and slot.layout == lay
+    borrowed = slot.selection is not None and slot.selection.borrowed and not rule.in_place
 
     def room(name: str, dtype: torch.dtype, count: int) -> Tensor:
-        if in_place and name in state and state[name].numel() == count:
+        if in_place and state[name].numel() == count and not (name == "index" and borrowed):
             return state[name]
         return torch.empty(count, dtype=dtype, device=device)
 
     new = {name: room(name, state[name].dtype, lay.selected) for name in ("exp_avg", "exp_avg_sq")}
     new["index"] = room("index", torch.int16, lay.selected)
-    new["born"] = room("born", torch.int16, lay.selected if carry else 1)
-    if held is not None and not in_place:
-        held = torch.empty(lay.selected, dtype=held.dtype, device=device)
-    return new, held
+    new["entry_step"] = room("entry_step", torch.int16, lay.selected if rule.carry else 1)
+    return new
 
 
-def _start_over(
-    batch: Sequence[tuple[Slot, Layout, Tensor | None]], results: Sequence[tuple[dict[str, Tensor], Tensor | None]]
-) -> None:
+def _start_over(batch: Sequence[tuple[Slot, Layout, Tensor | None]], results: Sequence[dict[str, Tensor]]) -> None:
     """Moments of zero, all entered at the present step."""
-    for name in ("exp_avg", "exp_avg_sq", "born"):
-        torch._foreach_zero_([new[name] for new, _ in results])
+    for name in ("exp_avg", "exp_avg_sq", "entry_step"):
+        torch._foreach_zero_([new[name] for new in results])
     stamps = [slot.steps & 0xFFFF for slot, _, _ in batch]
     if any(stamps):
         signed = [stamp - 2**16 if stamp >= 2**15 else stamp for stamp in stamps]
-        torch._foreach_add_([new["born"] for new, _ in results], signed)
+        torch._foreach_add_([new["entry_step"] for new in results], signed)
 
 
 def _plan_selection(
-    batch: Sequence[tuple[Slot, Layout, Tensor | None]], results: Sequence[tuple[dict[str, Tensor], Tensor | None]]
+    batch: Sequence[tuple[Slot, Layout, Tensor | None]], results: Sequence[dict[str, Tensor]]
 ) -> _SelectLaunch:
     device = batch[0][0].weight.device
     rows, chunks, first = [], [], 0
-    for (slot, lay, gradient), (new, _) in zip(batch, results, strict=True):
-        state, old = slot.state, slot.layout or lay
+    for (slot, lay, gradient), new in zip(batch, results, strict=True):
+        state, old = slot.state, slot.layout if slot.selection is not None else lay
         row = [0] * selection.SELECT_COLUMNS.value
         for column, tensor in (
             (kernels.WEIGHT, slot.weight),
             (kernels.INDEX, state.get("index")),
             (kernels.EXP_AVG, state["exp_avg"]),
             (kernels.EXP_AVG_SQ, state["exp_avg_sq"]),
-            (kernels.BORN, state.get("born")),
+            (kernels.ENTRY_STEP, state.get("entry_step")),
             (selection.NEW_INDEX, new["index"]),
             (selection.NEW_EXP_AVG, new["exp_avg"]),
             (selection.NEW_EXP_AVG_SQ, new["exp_avg_sq"]),
-            (selection.NEW_BORN, new["born"]),
+            (selection.NEW_ENTRY_STEP, new["entry_step"]),
         ):
             row[column.value] = 0 if tensor is None else tensor.data_ptr()
         for column, number in (
-            (kernels.BORN_STRIDE, int("born" in state and state["born"].numel() > 1)),
+            (kernels.ENTRY_STEP_STRIDE, int("entry_step" in state and state["entry_step"].numel() > 1)),
             (kernels.ORDINAL, slot.ordinal),
             (kernels.LINE, lay.line),
             (kernels.CHUNK, lay.chunk),
@@ -233,7 +221,9 @@ def _plan_selection(
     lays = [lay for _, lay, _ in batch]
     longest = max(min(lay.chunk, lay.line) for lay in lays)
     most = max(max(lay.keep, lay.keep_tail) for lay in lays)
-    old_most = max(max(lay.keep, lay.keep_tail) for lay in (slot.layout or coming for slot, coming, _ in batch))
+    old_most = max(
+        max(lay.keep, lay.keep_tail) for lay in (s.layout if s.selection else coming for s, coming, _ in batch)
+    )
     # Twice what is kept, and some: a limit guessed from a sample then seldom misses, see selection.select.
     candidates = triton.next_power_of_2(min(longest, max(128, 2 * most + 64)))
     sizes = {

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from nanoadam.ops.kernels import (
-    BORN,
-    BORN_STRIDE,
     CHUNK,
+    ENTRY_STEP,
+    ENTRY_STEP_STRIDE,
     EXP_AVG,
     EXP_AVG_SQ,
     FIRST,
@@ -44,15 +44,13 @@ NEW_KEPT_PER_LINE = tl.constexpr(22)
 NEW_INDEX = tl.constexpr(23)
 NEW_EXP_AVG = tl.constexpr(24)
 NEW_EXP_AVG_SQ = tl.constexpr(25)
-NEW_BORN = tl.constexpr(26)
+NEW_ENTRY_STEP = tl.constexpr(26)
 SELECT_COLUMNS = tl.constexpr(27)
 
-# And of what changes from one selection to the next: addresses of held gradients, old and new, and of dense ones.
-HELD = tl.constexpr(0)
-NEW_HELD = tl.constexpr(1)
-GRADIENT = tl.constexpr(2)
-STEPS = tl.constexpr(3)
-CHANGING = tl.constexpr(4)
+# And of what changes from one selection to the next: the address of a dense gradient, and the updates so far.
+GRADIENT = tl.constexpr(0)
+STEPS = tl.constexpr(1)
+CHANGING = tl.constexpr(2)
 
 
 @triton.jit
@@ -201,10 +199,8 @@ def select(
     CRITERION: tl.constexpr,
     KEEP_ZEROS: tl.constexpr,
     CARRY: tl.constexpr,
-    CARRY_HELD: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
     GRADIENT_TYPE: tl.constexpr,
-    HELD_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGNED: tl.constexpr,  # chunks and their lengths are multiples of 8
@@ -243,7 +239,7 @@ def select(
         chunk = _number(row, CHUNK)
         length = tl.where(is_tail, tail, chunk)
         keep = tl.where(is_tail, _number(row, NEW_KEEP_TAIL), _number(row, NEW_KEEP))
-        target = line.to(tl.int64) * _number(row, NEW_KEPT_PER_LINE) + of_line * _number(row, NEW_KEEP)
+        target = line.to(tl.int64) * tl.load(row + NEW_KEPT_PER_LINE) + of_line.to(tl.int64) * _number(row, NEW_KEEP)
         start = line.to(tl.int64) * tl.load(row + LINE) + of_line.to(tl.int64) * chunk
         if ALIGNED:
             length = tl.multiple_of(length, 8)
@@ -396,14 +392,14 @@ def select(
         taken = (sure == 1) | ((tie == 1) & (ties_before < ties))
         place = (seen & 0xFFFF) - sure + tl.minimum(ties_before, ties)
         index_target = _field(row, NEW_INDEX, tl.int16) + target
-        if CARRY or CARRY_HELD:
+        if CARRY:
             final = mine + CANDIDATES
             tl.store(final + place, index.to(tl.int16), mask=taken)
             # Where each weight was in the old list. What was not in it finds whatever lay there, and is not taken in.
             places = final + CANDIDATES
             old_entry = tl.arange(0, OLD_KEPT)
             old_keep = tl.where(is_tail, _number(row, KEEP_TAIL), _number(row, KEEP))
-            source = line.to(tl.int64) * _number(row, KEPT_PER_LINE) + of_line * _number(row, KEEP)
+            source = line.to(tl.int64) * tl.load(row + KEPT_PER_LINE) + of_line.to(tl.int64) * _number(row, KEEP)
             old_index = _field(row, INDEX, tl.int16) + source
             old = tl.load(old_index + old_entry, mask=old_entry < old_keep, other=-1).to(tl.int32)
             tl.store(places + old, old_entry.to(tl.int16), mask=old >= 0)
@@ -412,25 +408,18 @@ def select(
             place = tl.load(places + index, mask=index >= 0, other=-1).to(tl.int32)
             kept = (place >= 0) & (place < old_keep)
             kept = kept & (tl.load(old_index + place, mask=kept, other=-1).to(tl.int32) == index)
-            if CARRY:
-                exp_avg = tl.load(_field(row, EXP_AVG, STATE_TYPE) + source + place, mask=kept, other=0.0)
-                exp_avg_sq = tl.load(_field(row, EXP_AVG_SQ, STATE_TYPE) + source + place, mask=kept, other=0.0)
-                born_place = (source + place) * _number(row, BORN_STRIDE)
-                steps = _number(now, STEPS)
-                old_born = tl.load(_field(row, BORN, tl.int16) + born_place, mask=kept, other=0).to(tl.int32)
-                age = tl.minimum((steps - old_born) & 0xFFFF, MAX_AGE)
-                born = tl.where(kept, steps - age, steps)
-            if CARRY_HELD:
-                held = tl.load(_field(now, HELD, HELD_TYPE) + source + place, mask=kept, other=0.0)
+            exp_avg = tl.load(_field(row, EXP_AVG, STATE_TYPE) + source + place, mask=kept, other=0.0)
+            exp_avg_sq = tl.load(_field(row, EXP_AVG_SQ, STATE_TYPE) + source + place, mask=kept, other=0.0)
+            entered = _field(row, ENTRY_STEP, tl.int16) + (source + place) * _number(row, ENTRY_STEP_STRIDE)
+            steps = _number(now, STEPS)
+            age = tl.minimum((steps - tl.load(entered, mask=kept, other=0).to(tl.int32)) & 0xFFFF, MAX_AGE)
+            entry_step = tl.where(kept, steps - age, steps)
             tl.debug_barrier()  # all of the old chunk is read before any of the new one is written
             live = entry < keep
             tl.store(index_target + entry, index.to(tl.int16), mask=live)
-            if CARRY:
-                tl.store(_field(row, NEW_EXP_AVG, STATE_TYPE) + target + entry, exp_avg, mask=live)
-                tl.store(_field(row, NEW_EXP_AVG_SQ, STATE_TYPE) + target + entry, exp_avg_sq, mask=live)
-                tl.store(_field(row, NEW_BORN, tl.int16) + target + entry, born.to(tl.int16), mask=live)
-            if CARRY_HELD:
-                tl.store(_field(now, NEW_HELD, HELD_TYPE) + target + entry, held, mask=live)
+            tl.store(_field(row, NEW_EXP_AVG, STATE_TYPE) + target + entry, exp_avg, mask=live)
+            tl.store(_field(row, NEW_EXP_AVG_SQ, STATE_TYPE) + target + entry, exp_avg_sq, mask=live)
+            tl.store(_field(row, NEW_ENTRY_STEP, tl.int16) + target + entry, entry_step.to(tl.int16), mask=live)
         else:
             tl.store(index_target + place, index.to(tl.int16), mask=taken)
             empty = (entry >= wanted) & (entry < keep)

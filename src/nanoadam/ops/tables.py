@@ -18,6 +18,9 @@ TYPES = {
     torch.float16: triton.language.float16,
 }
 
+WIDE_FROM = 2**31
+"""Weights of a tensor from which on its positions take 64 bits."""
+
 
 def spatial(tensor: Tensor) -> int:
     """1 if contiguous, the weights per channel if channels-last, 0 for other strides."""

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanoadam.ops import MAX_AGE, Adam, Slot, kernels, reference
+from nanoadam.ops import MAX_AGE, Adam, Slot, kernels, reference, tables
 from nanoadam.ops.select_triton import select
 from nanoadam.ops.tables import (
     TYPES,
@@ -53,14 +53,13 @@ def _row(slot: Slot) -> list[int]:
         row: list[int] = cached[1]
         return row
     state, lay, weight = slot.state, slot.layout, slot.weight
-    assert lay is not None
     row = [
         address,
         state["index"].data_ptr(),
         state["exp_avg"].data_ptr(),
         state["exp_avg_sq"].data_ptr(),
-        state["born"].data_ptr(),
-        int(state["born"].numel() > 1),
+        state["entry_step"].data_ptr(),
+        int(state["entry_step"].numel() > 1),
         count,
         slot.ordinal,
         lay.line,
@@ -130,22 +129,16 @@ def _launches(
     return launches
 
 
-def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> None:
+def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]) -> None:
     members = list(slots)
     signature = [
-        (
-            slot.version,
-            spatial(gradient),
-            gradient.dtype,
-            dtype if slot.held is None else slot.held.dtype,
-            slot.held is None,
-        )
-        for slot, gradient in zip(members, gradients, strict=True)
+        (slot.version, spatial(gradient), gradient.dtype, mine.dtype, more)
+        for slot, gradient, mine, more in zip(members, gradients, entries, add, strict=True)
     ]
 
     def kind(place: int) -> tuple[Any, ...]:
-        _, spatial, gradient_type, held_type, new = signature[place]
-        return min(spatial, 2), gradient_type, held_type, not new, gradients[place].numel() >= 2**31
+        _, strides, gradient_type, entries_type, more = signature[place]
+        return min(strides, 2), gradient_type, entries_type, more, gradients[place].numel() >= tables.WIDE_FROM
 
     def row(place: int) -> list[int]:
         numbers = _row(members[place]).copy()
@@ -153,25 +146,21 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtyp
         return numbers
 
     for launch in _launches("gather", members, signature, kind, row):
-        strides, gradient_type, held_type, accumulate, wide = launch.kind
+        strides, gradient_type, entries_type, more, wide = launch.kind
         if strides == 0:
-            reference.gather([members[i] for i in launch.places], [gradients[i] for i in launch.places], dtype)
+            some = launch.places
+            dense, room = [gradients[i] for i in some], [entries[i] for i in some]
+            reference.gather([members[i] for i in some], dense, room, [add[i] for i in some])
             continue
-        numbers = []
-        for i in launch.places:
-            slot = members[i]
-            assert slot.layout is not None
-            if slot.held is None:
-                slot.held = torch.empty(slot.layout.selected, dtype=held_type, device=slot.weight.device)
-            numbers += [gradients[i].data_ptr(), slot.held.data_ptr()]
+        numbers = [each.data_ptr() for i in launch.places for each in (gradients[i], entries[i])]
         with on(launch.table.device):
             kernels.gather[(launch.blocks,)](
                 launch.table,
                 launch.block_rows,
                 launch.addresses(numbers),
                 GRADIENT_TYPE=TYPES[gradient_type],
-                HELD_TYPE=TYPES[held_type],
-                ACCUMULATE=accumulate,
+                ENTRIES_TYPE=TYPES[entries_type],
+                ADD=more,
                 CHANNELS_LAST=strides == 2,
                 WIDE=wide,
                 BLOCK=BLOCK,
@@ -182,11 +171,14 @@ def _scalars(adam: Adam, anything: Tensor) -> dict[str, Any]:
     """Arguments that both updates share; pointers that are not used point to `anything`."""
     device = anything.device
     lr_pointer = adam.lr if isinstance(adam.lr, Tensor) and adam.lr.device == device else None
+    corrections = _corrections(adam.beta1, adam.beta2, device)
+    if capturing(device):
+        captured.append(corrections)  # the cache may let go of it
     scale = adam.grad_scale
     if isinstance(scale, Tensor):
         scale = scale.to(device, non_blocking=True)
     return {
-        "corrections": _corrections(adam.beta1, adam.beta2, device),
+        "corrections": corrections,
         "lr": 0.0 if lr_pointer is not None else float(adam.lr),
         "lr_pointer": anything if lr_pointer is None else lr_pointer,
         "scale_pointer": scale if isinstance(scale, Tensor) else anything,
@@ -205,48 +197,51 @@ def _scalars(adam: Adam, anything: Tensor) -> dict[str, Any]:
     }
 
 
-def _by_steps(slots: Sequence[Slot], adam: Adam) -> Iterable[list[Slot]]:
+def _by_steps(
+    slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam
+) -> Iterable[tuple[list[Slot], list[Tensor]]]:
     """Slots that have had the same number of updates, which a launch takes from the host unless captured."""
-    if adam.capturable or all(slot.steps == slots[0].steps for slot in slots):
-        return [list(slots)] if slots else []
-    return [members for _, members in partition(slots, lambda slot: slot.steps)]
+    if adam.capturable or len({slot.steps for slot in slots}) == 1:
+        return [(list(slots), list(gradients))]
+    parts = partition(zip(slots, gradients, strict=True), lambda pair: pair[0].steps)
+    return [([slot for slot, _ in pairs], [gradient for _, gradient in pairs]) for _, pairs in parts]
 
 
-def update(slots: Sequence[Slot], adam: Adam) -> None:
-    for members in _by_steps(slots, adam):
-        held = [slot.held for slot in members if slot.held is not None]
+def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
+    for members, gradients in _by_steps(slots, entries, adam):
         signature: list[Any] = [
-            (slot.version, slot.weight.data_ptr(), mine.dtype) for slot, mine in zip(members, held, strict=True)
+            (slot.version, slot.weight.data_ptr(), slot.state["exp_avg"].data_ptr(), mine.dtype)
+            for slot, mine in zip(members, gradients, strict=True)
         ]
         if adam.capturable:
             signature.extend(slot.state["step"].data_ptr() for slot in members)
 
-        def kind(place: int, members: list[Slot] = members, held: list[Tensor] = held) -> tuple[Any, ...]:
+        def kind(place: int, members: list[Slot] = members, gradients: list[Tensor] = gradients) -> tuple[Any, ...]:
             weight, state = members[place].weight, members[place].state
             return (
                 min(spatial(weight), 2),
                 weight.dtype,
                 state["exp_avg"].dtype,
-                held[place].dtype,
-                weight.numel() >= 2**31,
+                gradients[place].dtype,
+                weight.numel() >= tables.WIDE_FROM,
             )
 
         def row(place: int, members: list[Slot] = members) -> list[int]:
             return _row(members[place]).copy()
 
         for launch in _launches("update", members, signature, kind, row):
-            strides, weight_type, state_type, held_type, wide = launch.kind
+            strides, weight_type, state_type, entries_type, wide = launch.kind
             if strides == 0:
-                reference.update([members[i] for i in launch.places], adam)
+                reference.update([members[i] for i in launch.places], [gradients[i] for i in launch.places], adam)
                 continue
             with on(launch.table.device):
                 kernels.update[(launch.blocks,)](
                     launch.table,
                     launch.block_rows,
-                    launch.addresses([held[i].data_ptr() for i in launch.places]),
+                    launch.addresses([gradients[i].data_ptr() for i in launch.places]),
                     step=members[0].steps & 0x7FFFFFFF,
                     WEIGHT_TYPE=TYPES[weight_type],
-                    HELD_TYPE=TYPES[held_type],
+                    ENTRIES_TYPE=TYPES[entries_type],
                     STATE_TYPE=TYPES[state_type],
                     CHANNELS_LAST=strides == 2,
                     WIDE=wide,
@@ -255,19 +250,15 @@ def update(slots: Sequence[Slot], adam: Adam) -> None:
 
 
 def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
-    of = dict(zip(slots, gradients, strict=True))
-    for members in _by_steps(slots, adam):
-        dense: list[Tensor] = []
-        pointers: list[int] = []
-        signature: list[Any] = []
-        for slot in members:
-            weight, gradient = slot.weight, of[slot]
-            if gradient.stride() != weight.stride():
-                gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
-            pointer = gradient.data_ptr()
-            dense.append(gradient)
-            pointers.append(pointer)
-            signature.append((weight.data_ptr(), gradient.dtype, pointer % 16))
+    for members, dense in _by_steps(slots, gradients, adam):
+        for i, (slot, gradient) in enumerate(zip(members, dense, strict=True)):
+            if gradient.stride() != slot.weight.stride():
+                dense[i] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
+        pointers = [gradient.data_ptr() for gradient in dense]
+        signature: list[Any] = [
+            (slot.weight.data_ptr(), slot.state["exp_avg"].data_ptr(), gradient.dtype, pointer % 16)
+            for slot, gradient, pointer in zip(members, dense, pointers, strict=True)
+        ]
         if adam.capturable:
             signature.extend(slot.state["step"].data_ptr() for slot in members)
 
@@ -275,7 +266,14 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
             weight, gradient = members[place].weight, dense[place]
             aligned = is_aligned(weight, weight.numel()) and is_aligned(gradient)
             state = members[place].state["exp_avg"].dtype
-            return min(spatial(weight), 2), weight.dtype, state, gradient.dtype, weight.numel() >= 2**31, aligned
+            return (
+                min(spatial(weight), 2),
+                weight.dtype,
+                state,
+                gradient.dtype,
+                weight.numel() >= tables.WIDE_FROM,
+                aligned,
+            )
 
         def row(place: int, members: list[Slot] = members) -> list[int]:
             return _dense_row(members[place])

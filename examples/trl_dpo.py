@@ -1,0 +1,81 @@
+"""NanoAdam under TRL's DPOTrainer, which takes an optimizer that is made already.
+
+Runs in a few seconds and downloads nothing: python examples/trl_dpo.py (needs pip install 'nanoadam[finetune]' trl)
+"""
+
+import tempfile
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+import nanoadam
+from nanoadam.callback import NanoAdamCallback
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Instead of AutoTokenizer.from_pretrained(...): one token a word."""
+    words = ["<pad>", "<end>", "after", "comes", *NUMBERS]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>")
+
+
+def make_model() -> LlamaForCausalLM:
+    """Instead of LlamaForCausalLM.from_pretrained(...)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=14, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def main() -> None:
+    model = make_model()  # with its adapters, if it has some: the optimizer holds what is there now
+    optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), lr=1e-2, density=0.10, mask_interval=10)
+    rows = [
+        {
+            "prompt": f"after {NUMBERS[i]} comes",
+            "chosen": f" {NUMBERS[(i + 1) % 10]}",
+            "rejected": f" {NUMBERS[(i + other) % 10]}",
+        }
+        for i in range(10)
+        for other in (2, 5, 8)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            model,
+            ref_model=make_model(),
+            args=DPOConfig(
+                folder,
+                max_steps=30,
+                per_device_train_batch_size=15,
+                logging_steps=10,
+                save_strategy="no",
+                disable_tqdm=True,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=make_tokenizer(),
+            optimizers=(optimizer, None),
+            callbacks=[NanoAdamCallback()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+    for line in trainer.state.log_history[:-1]:
+        print(
+            f"step {line['step']:3}  loss {line['loss']:.3f}  right in {line['rewards/accuracies']:.0%}  "
+            f"touched {line['touched']:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Gradient release: a gradient is cut down to its selected entries as soon as autograd has made it.
+
+A hook on each selected parameter puts a `SelectedGradient` into `p.grad` in place of the dense gradient, which lives
+until it is compacted: at once, or, where a launch costs more than the memory, when `budget` bytes have gathered.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nanoadam.gradients.tensor import Box, SelectedGradient
+from nanoadam.ops import Slot
+
+GPU_BUDGET = 0.7
+"""Bytes of dense gradients alive together on a GPU, as a multiple of the largest gradient. That one has to be
+alive at some time anyway, so letting almost as much gather elsewhere costs no memory, and one launch serves several."""
+
+
+class Owner(Protocol):
+    """What a release asks of its optimizer."""
+
+    def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
+        """The slot of a parameter whose first gradient arrives, selected from if that is due, and the entries' dtype.
+
+        None if its gradient stays dense.
+
+        Raises:
+            TypeError: if the gradient cannot be used at all.
+        """
+
+    def _compact(self, boxes: Sequence[Box]) -> None:
+        """Add `pending` of these gradients to their entries."""
+
+
+class _Hook:
+    """Of one parameter, for all optimizers that select from it. It lies among the parameter's own hooks.
+
+    (A weak table of parameters would keep `torch.utils.swap_tensors` from them.)
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.holders: list[weakref.ref[GradientRelease]] = []
+        self.told = False
+        self.handle = parameter.register_post_accumulate_grad_hook(self)
+
+    @staticmethod
+    def of(parameter: Tensor) -> _Hook | None:
+        """The one that a parameter has."""
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        return next((hook for hook in hooks.values() if type(hook) is _Hook), None)
+
+    def alive(self) -> list[GradientRelease]:
+        """The optimizers that hold the parameter."""
+        return [holder for ref in self.holders if (holder := ref()) is not None]
+
+    def __call__(self, parameter: Tensor) -> None:
+        """`p.grad` is complete now, or has been added to."""
+        gradient = parameter.grad
+        if len(self.holders) > 1 and self._is_shared(parameter):
+            parameter.grad = gradient.to_dense() if isinstance(gradient, SelectedGradient) else gradient
+        elif gradient is not None and not (type(gradient) is SelectedGradient and gradient._box.accumulator):
+            for holder in self.alive():
+                holder.receive(parameter, gradient)
+
+    def _is_shared(self, parameter: Tensor) -> bool:
+        """Whether several optimizers in use hold it: then its gradient stays dense, since one cannot serve both."""
+        if len(self.alive()) > 1 and not self.told:
+            gc.collect()  # a scheduler keeps an optimizer alive in a circle, though nobody uses it any more
+        self.holders = [*map(weakref.ref, self.alive())]
+        if len(self.holders) > 1 and not self.told:
+            warnings.warn(
+                f"a parameter of shape {tuple(parameter.shape)} is in {len(self.holders)} NanoAdam optimizers: its "
+                "gradient stays dense, since one selection cannot serve both. Delete the one that is done with",
+                UserWarning,
+                stacklevel=2,
+            )
+            for hook in (_Hook.of(other) for release in self.alive() for other in release.held):
+                if hook is not None:
+                    hook.told = True
+        return len(self.holders) > 1
+
+
+class GradientRelease:
+    """The hooks of one optimizer, and the dense gradients waiting to be compacted.
+
+    Args:
+        owner: the optimizer; referred to weakly, so that it is freed when its user lets it go.
+        budget: bytes of dense gradients that may be alive together, the one that comes next included; 0 compacts
+            each at once. None: 0 on the CPU, elsewhere `GPU_BUDGET` times the largest gradient.
+    """
+
+    def __init__(self, owner: Owner, budget: int | None) -> None:
+        self._owner = weakref.ref(owner)
+        self._budget = budget
+        self.held: list[Tensor] = []
+        self._gathered: list[weakref.ref[Box]] = []
+        self._bytes = 0
+        self._task = -1  # the backward whose end we shall hear of
+        self._largest = 0  # bytes of the largest gradient, as far as parameters tell
+        self._latest: Slot | None = None
+        self._next_bytes: dict[Slot, int] = {}  # what came after it last time
+        self._lock = threading.RLock()  # autograd runs hooks in one thread per device
+
+    def hold(self, parameter: Tensor) -> None:
+        """Hear of every gradient of a leaf from now on."""
+        hook = _Hook.of(parameter) or _Hook(parameter)
+        # Autograd forgets hooks where swap_tensors has been; setting them makes it know them again.
+        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+        if self not in hook.alive():
+            hook.holders = [*map(weakref.ref, hook.alive()), weakref.ref(self)]
+            self.held.append(parameter)
+            self._largest = max(self._largest, parameter.nbytes)
+
+    def let_go(self, parameters: Sequence[Tensor]) -> None:
+        """Leave the gradients of these alone from now on."""
+        self.flush()
+        for parameter in parameters:
+            hook = _Hook.of(parameter)
+            if hook is not None and self in hook.alive():
+                hook.holders = [weakref.ref(holder) for holder in hook.alive() if holder is not self]
+                if not hook.holders:
+                    hook.handle.remove()
+        gone = set(map(id, parameters))
+        self.held = [parameter for parameter in self.held if id(parameter) not in gone]
+        self._next_bytes = {}
+
+    @torch.no_grad()
+    def receive(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Put what is selected of a dense gradient in its place."""
+        owner = self._owner()
+        with self._lock:
+            found = owner._arrives(parameter, gradient) if owner is not None else None
+            if found is None:
+                return
+            slot, dtype = found
+            assert slot.selection is not None
+            box = Box(slot.selection, dtype=dtype, slot=slot, accumulator=self)
+            parameter.grad = SelectedGradient(box, parameter)
+            self._gather(box, gradient.detach())
+
+    def add(self, box: Box, gradient: Tensor) -> None:
+        """See `Accumulator`. The first gradient after one was zeroed in place is the first of its step."""
+        owner = self._owner()
+        with self._lock:
+            if box.pending is not None:
+                self.flush()
+            if box.zeroed and owner is not None and box.slot is not None:
+                found = owner._arrives(box.slot.weight, gradient)
+                if found is not None and found[0].selection is not None:
+                    box.slot = found[0]
+                    box.place(found[0].selection, None)
+            box.zeroed = False
+            self._gather(box, gradient)
+
+    def _gather(self, box: Box, gradient: Tensor) -> None:
+        slot = box.slot
+        assert slot is not None
+        if type(gradient) is SelectedGradient:  # a layer has made it, or a user
+            box.stored = gradient._box.moved_to(box.selection)
+            return
+        box.pending = gradient
+        self._gathered.append(weakref.ref(box))
+        self._bytes += gradient.nbytes
+        if self._latest is not None:
+            self._next_bytes[self._latest] = gradient.nbytes
+        self._latest = slot
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._task):  # a backward within a backward (reentrant checkpointing) is one of its own
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+        budget = self._budget
+        if budget is None:
+            budget = 0 if gradient.device.type == "cpu" else int(GPU_BUDGET * self._largest)
+        if task == -1 or self._bytes + self._next_bytes.get(slot, self._largest) > budget:
+            self.flush()
+
+    def _backward_ended(self) -> None:
+        with self._lock:
+            self._task, self._latest = -1, None
+            self.flush()
+
+    def flush(self) -> None:
+        """See `Accumulator`. Gradients that were thrown away meanwhile are gone."""
+        with self._lock:
+            boxes = [box for ref in self._gathered if (box := ref()) is not None and box.pending is not None]
+            self._gathered, self._bytes = [], 0
+            owner = self._owner()
+            if owner is not None and boxes:
+                owner._compact(boxes)
+            else:
+                for box in boxes:
+                    box.compact()
