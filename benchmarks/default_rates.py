@@ -43,11 +43,12 @@ class Run:
     head_lr: float | None = None
     steps: int | None = None  # a trial of so many; by default three epochs
     rule: bool = False  # the rate is found as the command finds it
+    untied: bool = False  # a language model whose head is a copy of its embedding
 
     @property
     def name(self) -> str:
         share = f" {self.density[0]:g}-{self.density[1]:g}" if self.optimizer == "nanoadam" else ""
-        what = f"{'rule ' * self.rule}{self.task} {self.optimizer}{share}"
+        what = f"{'rule ' * self.rule}{'untied ' * self.untied}{self.task} {self.optimizer}{share}"
         return f"{what} lr {self.lr:g} head {self.head_lr} steps {self.steps} #{self.seed}"
 
 
@@ -66,7 +67,22 @@ def plan(model: str) -> list[Run]:
     tasks = list(TASKS[model])
     first = [Run(task, "nanoadam", 0.0, seed, rule=True) for seed in (0, 1, 2) for task in tasks]
     first += [Run(task, "adamw", 0.0, seed, rule=True) for seed in (0, 1, 2) for task in tasks]
-    return first + grids(model)
+    return first + heads(model) + grids(model)
+
+
+def heads(model: str) -> list[Run]:
+    """A head's own rate: of a new head, and of a pretrained one that is trained in full."""
+    middle = {"minilm": 5e-4, "mobilenet": 1e-3}.get(model)
+    if middle is None:
+        runs = [Run("gsm8k", "nanoadam", lr, 0, head_lr=h, untied=True) for lr in (1e-3, 3e-3) for h in (None, lr / 12)]
+        return [*runs, *(Run("gsm8k", "adamw", lr, 0, untied=True) for lr in (2.5e-4, 1e-3))]
+    tasks = list(TASKS[model])[:2]
+    return [
+        Run(task, "nanoadam", middle, seed, head_lr=middle * factor)
+        for seed in (0, 1)
+        for task in tasks
+        for factor in (0.2, 1, 5, 20)
+    ]
 
 
 def grids(model: str) -> list[Run]:
@@ -95,11 +111,6 @@ def grids(model: str) -> list[Run]:
                 *(Run(t, "adamw", adam * f, seed) for f in (0.1, 0.33, 1, 3.3, 10)),
             )
         ]
-    if model != "llama":  # its head is tied
-        heads = (2.5e-4, 1e-3, 4e-3)
-        for seed in (0, 1):
-            runs += [Run(t, "nanoadam", ten * f, seed, head_lr=h) for t in tasks for h in heads for f in (0.33, 1, 3.3)]
-            runs += [Run(t, "adamw", adam * f, seed, head_lr=h) for t in tasks for h in (1e-3,) for f in (0.5, 1, 2)]
     return runs
 
 
@@ -295,7 +306,7 @@ class Task:
                 images.append(np.asarray(image.convert("RGB").resize((96, 96), Image.Resampling.BILINEAR)))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(self.device)
 
-    def fresh(self, seed: int) -> Any:
+    def fresh(self, seed: int, untied: bool = False) -> Any:
         """The pretrained model with a new head drawn from the seed."""
         import torch
         import transformers
@@ -305,6 +316,9 @@ class Task:
         config = transformers.AutoConfig.from_pretrained(self.folder)
         state = {name: tensor.float() for name, tensor in load_file(self.folder / "model.safetensors").items()}
         if self.kind == "llama":
+            if untied:
+                config.tie_word_embeddings = False
+                state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
             model = transformers.LlamaForCausalLM(config).float()
         elif self.kind == "minilm":
             config.num_labels = self.classes
@@ -474,7 +488,7 @@ def train(
     import nanoadam
 
     task.generator = torch.Generator().manual_seed(run.seed)
-    model = task.fresh(run.seed).train()
+    model = task.fresh(run.seed, run.untied).train()
     groups = nanoadam.param_groups(model, head_lr=run.head_lr)
     if run.optimizer == "nanoadam":
         start, end = run.density

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 import nanoadam
 from nanoadam.callback import NanoAdamCallback
 
-NUMBERS = "zero one two three four five six seven eight nine".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

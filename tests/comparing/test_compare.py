@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import tiny
+from browser import browsed
 from nanoadam import cli
 from nanoadam.comparing import compare, tables
 from nanoadam.finetuning import folders
@@ -81,6 +82,10 @@ def test_all_begin_with_the_same_model_and_data(whole: Path) -> None:
             for folder in (whole / "runs").glob(f"*-{seed}")
         }
         assert len(first) == 1
+
+
+def test_the_report_fits_a_phone_without_an_error(whole: Path, tmp_path: Path) -> None:
+    assert int(str(browsed((whole / "report.html").read_text(), tmp_path)["wide"])) <= 390
 
 
 def test_the_report_stands_alone(whole: Path) -> None:

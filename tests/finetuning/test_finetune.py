@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 import tiny
+from browser import browsed
 from nanoadam import cli
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning import folders, training
@@ -164,6 +165,12 @@ def test_the_report_opens_in_a_browser(whole: Path) -> None:
     dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert dom.count("<svg") == 6
     assert "How it was run" in dom
+
+
+def test_the_report_fits_a_phone_without_an_error(whole: Path, tmp_path: Path) -> None:
+    found = browsed((whole / "report.html").read_text(), tmp_path)
+    assert int(str(found["wide"])) <= 390
+    assert str(found["tip"]).startswith("step ")
 
 
 def test_config_toml_reruns_the_run(whole: Path, tmp_path: Path) -> None:

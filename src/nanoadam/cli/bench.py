@@ -23,7 +23,7 @@ def bench(
         str | None,
         typer.Option(help="Folder with a config.json, or a hub id: only the config is read.", show_default=False),
     ] = None,
-    optimizers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(OPTIMIZERS),
+    optimizers: Annotated[str, typer.Option(help="Separated by commas.", show_default="all")] = ",".join(OPTIMIZERS),
     optimizer_options: Annotated[
         str | None, typer.Option(help="Like galore.rank=64, separated by commas.", show_default=False)
     ] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import typing
 from collections.abc import Callable, Iterable
@@ -30,9 +30,14 @@ ConfigFile = Annotated[
 
 
 def need(modules: Iterable[str]) -> None:
-    """Import what a command wants: what is missing must be said before the work, not after it."""
+    """Look for what a command wants, without importing it: what is missing must be said before the work.
+
+    Raises:
+        ModuleNotFoundError: for the first that is missing.
+    """
     for module in modules:
-        importlib.import_module(module)
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def config_options(command: Callable[..., None], only: frozenset[str] = frozenset(FIELDS)) -> Callable[..., None]:

@@ -21,6 +21,7 @@ from nanoadam.finetuning import optimizers, search, training
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.training import Progress
+from nanoadam.text import duration
 
 HELD = 512
 """Rows that the loss of a trial is measured on."""
@@ -82,8 +83,16 @@ def chosen(job: Job, tell: Progress) -> Found:
         found = _tried(job, steps, held, tell)
     job.config = dataclasses.replace(job.config, learning_rate=found.rate)
     job.optimizer = optimizers.make(job.task.model, job.config, job.plan)
-    tell({"step": 0, "total": job.plan.total_steps, "about": [found.words()]})
+    tell({"step": 0, "total": job.plan.total_steps, "about": [found.words(), *_time(found, job.plan.total_steps)]})
     return found
+
+
+def _time(found: Found, total: int) -> list[str]:
+    """About how long the run takes, from the trials."""
+    if not found.trials:
+        return []
+    each = found.seconds / (len(found.trials) * found.steps)
+    return [f"Time: about {duration(each * total)}, at {each:.2g} s a step"]
 
 
 def _tried(job: Job, steps: int, held: int, tell: Progress) -> Found:

@@ -112,13 +112,11 @@ def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] |
         save_strategy="steps" if config.save_model else "no",
         save_steps=config.save_every or plan.steps_per_epoch,
     )  # fmt: skip
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [Changed(job)] if changed else []  # before what compares options
     if optimizers.by_nanoadam(config):
         callbacks.append(NanoAdamCallback(config.log_touched))
     if config.best:
         callbacks.append(Best(out / "checkpoints", task.metric, task.higher_is_better))
-    if changed:
-        callbacks.append(Changed(job))
     trainer = RunTrainer.of(job, arguments, [*callbacks, metrics])
     trainer.keep = config.keep_checkpoints
     return trainer

@@ -55,9 +55,8 @@ class CausalLM(Task):
             raise ValueError("label_smoothing does not go with packing: leave out one")
         self.model = models.load_model(config)
         self._cache = getattr(self.model.config, "use_cache", None)
-        if config.packing:
-            # With a cache transformers takes the packed rows for one, and they see each other.
-            self.model.config.use_cache = False
+        # Training needs no cache, and with one transformers takes packed rows for one that sees all of itself.
+        self.model.config.use_cache = False
         self._limit = sequence_limit(config, self.model, self.processor)
         self.train, self.validation = self.encoded(config, train, validation)
         self.collator = self._collator()
