@@ -7,17 +7,19 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from nanoadam import delta as patches
 from nanoadam.cli.options import EXTRAS, Json, listed, need
 from nanoadam.cli.show import counting, print_rows
-from nanoadam.delta.sources import Progress as Told
 from nanoadam.text import size
+
+if TYPE_CHECKING:
+    from nanoadam.delta import Patch
+    from nanoadam.delta.sources import Progress as Told
 
 EXAMPLE = "Example: nanoadam delta diff base-model finetuned-model finetuned.safetensors"
 
@@ -66,6 +68,8 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Make the patch that makes a finetuned model of its base. Reads one tensor at a time."""
+    from nanoadam import delta as patches
+
     with _bar("comparing") as told:
         patch = patches.diff(base, tuned, out=_new(out), name=name, progress=told)
     _show_info(patch, out, as_json)
@@ -81,6 +85,8 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Make the finetuned model of a base and a patch, in every bit. Reads one tensor at a time; the base stays."""
+    from nanoadam import delta as patches
+
     with _bar("applying") as told:
         found = patches.apply(base, patch, strength, out=_new(out), verify=verify, progress=told)
     if as_json:
@@ -96,10 +102,14 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what a patch holds, and check that it is whole."""
+    from nanoadam import delta as patches
+
     _show_info(patches.Patch.load(patch), patch, as_json, tensors=tensors)
 
 
-def _show_info(patch: patches.Patch, path: Path, as_json: bool, *, tensors: bool = False) -> None:
+def _show_info(patch: Patch, path: Path, as_json: bool, *, tensors: bool = False) -> None:
+    from nanoadam import delta as patches
+
     about = patches.info(patch)
     file = path / patches.FILE if path.is_dir() else path
     about = {"file": str(file), "file_bytes": file.stat().st_size, **about}
@@ -141,6 +151,8 @@ def verify(model: Model, patch: Of, as_json: Json = False) -> None:
 
     Looks at every tensor, also those that the patch leaves alone.
     """
+    from nanoadam import delta as patches
+
     with _bar("reading") as told:
         found = patches.verify(model, patch, progress=told)
     state = "base" if found.is_base else "tuned" if found.is_tuned else "other"
@@ -173,6 +185,8 @@ def compose(
     as_json: Json = False,
 ) -> None:
     """Make one patch of two."""
+    from nanoadam import delta as patches
+
     patches.compose(first, second).save(_new(out))
     _show_info(patches.Patch.load(out, verify=False), out, as_json)
 
