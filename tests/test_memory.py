@@ -271,7 +271,7 @@ def test_small_numbers_keep_their_digits() -> None:
 
 
 def test_units_fit_the_table() -> None:
-    assert [text.unit(size)[0] for size in (2 * 10**9, 2 * 10**8, 2 * 10**7, 500)] == ["GB", "GB", "MB", "KB"]
+    assert [text.unit(size)[0] for size in (2 * 10**9, 2 * 10**8, 2 * 10**4, 500)] == ["GB", "MB", "KB", "B"]
 
 
 def test_counting_does_not_load_transformers() -> None:

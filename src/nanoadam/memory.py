@@ -305,7 +305,11 @@ def render(rows: Sequence[Estimate]) -> str:
         + [short(part / size) for part in (row.state, row.weights, row.gradients, row.held, row.transient, row.total)]
         for row in rows
     ]
-    note = f"In {name} (1e{len(str(size)) - 1} bytes), for {rows[0].parameters:,} weights, without activations."
+    each = rows[0].weights / max(1, rows[0].parameters)
+    note = (
+        f"In {name} (1e{len(str(size)) - 1} bytes), for {rows[0].parameters:,} weights of {short(each)} bytes each, "
+        "without activations."
+    )
     return f"{align([header, *lines], left=2)}\n{note}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["align", "nearest", "short", "size", "unit"]
+__all__ = ["align", "duration", "nearest", "short", "size", "unit"]
 
 
 def align(lines: Sequence[Sequence[str]], left: int) -> str:
@@ -23,7 +23,8 @@ def align(lines: Sequence[Sequence[str]], left: int) -> str:
 
 def unit(largest: int) -> tuple[str, int]:
     """The unit for a table whose largest entry is that many bytes, and its size in bytes."""
-    return next(((name, size) for name, size in (("GB", 10**9), ("MB", 10**6)) if largest >= size / 10), ("KB", 10**3))
+    units = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))
+    return next(((name, size) for name, size in units if largest >= size), ("B", 1))
 
 
 def short(number: float) -> str:
@@ -41,9 +42,16 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def duration(seconds: float) -> str:
+    """Time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """What a message says after an unknown name: the nearest known one, then all of them if they are few."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 12 else hint.rstrip(".")

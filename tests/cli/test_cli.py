@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 import nanoadam
 from nanoadam import cli, memory
 
-COMMANDS = ["analyze", "bench", "compare", "demo", "finetune", "memory", "reproduce"]
+COMMANDS = ["analyze", "bench", "compare", "demo", "evaluate", "finetune", "memory", "predict", "reproduce"]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

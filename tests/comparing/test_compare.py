@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import tiny
+from browser import browsed
 from nanoadam import cli
 from nanoadam.comparing import compare, tables
 from nanoadam.finetuning import folders
@@ -77,14 +78,19 @@ def test_all_begin_with_the_same_model_and_data(whole: Path) -> None:
     assert len({line["retained"]["old: token loss"]["before"] for line in lines}) == 1
     for seed in (0, 1):
         first = {
-            folders.read_lines(folder / "metrics.jsonl")[0]["loss"] for folder in (whole / "runs").glob(f"*-{seed}")
+            folders.read_lines(folder / "metrics.jsonl")[0]["metrics"]["loss"]
+            for folder in (whole / "runs").glob(f"*-{seed}")
         }
         assert len(first) == 1
 
 
+def test_the_report_fits_a_phone_without_an_error(whole: Path, tmp_path: Path) -> None:
+    assert int(str(browsed((whole / "report.html").read_text(), tmp_path)["wide"])) <= 390
+
+
 def test_the_report_stands_alone(whole: Path) -> None:
     page = (whole / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert len(re.findall("<svg .*?</svg>", page, flags=re.DOTALL)) == 4
     assert "src=" not in page
     for text in ("adamw", "nanoadam", "forgetting", "token_loss", "± "):
         assert text in page

@@ -21,9 +21,10 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 import tiny
+from browser import browsed
 from nanoadam import cli
 from nanoadam.finetuning import config as configs
-from nanoadam.finetuning import folders
+from nanoadam.finetuning import folders, training
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
 
@@ -66,7 +67,7 @@ def config(models: dict[str, Path], files: Path, **keys: object) -> Config:
     base = {
         "model": str(models["bert"]), "train": str(files / "train.jsonl"), "validation": str(files / "dev.jsonl"),
         "batch_size": 8, "max_steps": 6, "log_every": 2, "save_every": 2, "learning_rate": 1e-2, "density": 0.25,
-        "density_end": 0.1, "mask_interval": 2, "density_interval": 2, "device": "cpu",
+        "density_end": 0.1, "mask_interval": 2, "density_interval": 2, "device": "cpu", "warmup": 0.0,
     }  # fmt: skip
     return Config(**{**base, **keys})
 
@@ -147,12 +148,12 @@ def test_the_norm_of_all_gradients_is_taken_only_where_it_is_logged(whole: Path,
 def test_the_report_needs_no_other_file(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 3
+    assert len(drawings) == 6
     for drawing in drawings:
         ElementTree.fromstring(drawing)  # whole and well-formed
     assert "src=" not in page
     assert "<link" not in page
-    for text in ("matthews", "Memory by kind", "Density and touched share", "memory: state"):
+    for text in ("Matthews", "Where does the memory go?", "How many weights does it work on?", "AdamW, by formula"):
         assert text in page
 
 
@@ -162,8 +163,14 @@ def test_the_report_opens_in_a_browser(whole: Path) -> None:
         pytest.skip("no Chromium here")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", (whole / "report.html").as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert dom.count("<svg") == 3
+    assert dom.count("<svg") == 6
     assert "How it was run" in dom
+
+
+def test_the_report_fits_a_phone_without_an_error(whole: Path, tmp_path: Path) -> None:
+    found = browsed((whole / "report.html").read_text(), tmp_path)
+    assert int(str(found["wide"])) <= 390
+    assert str(found["tip"]).startswith("step ")
 
 
 def test_config_toml_reruns_the_run(whole: Path, tmp_path: Path) -> None:
@@ -261,12 +268,13 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_whole(
 def test_a_loss_of_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     models: dict[str, Path], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = finetune._Trainer.compute_loss
+    step = training.RunTrainer.compute_loss
 
-    def broken(self: finetune._Trainer, *args: object, **kwargs: object) -> object:
-        return step(self, *args, **kwargs) * (float("nan") if self.state.global_step == 4 else 1.0)
+    def broken(self: training.RunTrainer, *args: object, **kwargs: object) -> object:
+        loss = step(self, *args, **kwargs)
+        return loss if isinstance(loss, tuple) or self.state.global_step != 4 else loss * float("nan")
 
-    monkeypatch.setattr(finetune._Trainer, "compute_loss", broken)
+    monkeypatch.setattr(training.RunTrainer, "compute_loss", broken)
     with pytest.raises(
         folders.RunError, match=r"the loss is nan at step 5: the last good checkpoint is .*checkpoint-4"
     ):
@@ -368,7 +376,7 @@ def test_the_command_prints_a_table_or_json(
     captured = capsys.readouterr()
     assert "validation accuracy" in captured.out
     assert str(tmp_path / "a" / "report.html") in captured.out
-    assert captured.err == ""
+    assert "Read: text as the text, label as the label" in captured.err
     assert cli.main([*arguments, "--out", str(tmp_path / "b"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 1
 

@@ -39,7 +39,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {
         "model": str(tiny.bert_folder(root / "bert")), "train": str(train),
         "validation": str(tiny.jsonl(root / "dev.jsonl", tiny.sentences(8, first=24))), "device": "cpu",
-        "batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "density": 0.1,
+        "batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "density": 0.1, "warmup": 0.0,
     }  # fmt: skip
 
 

@@ -38,7 +38,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(root: Path, *names: str, **keys: object) -> Config:
-    base = {"model": str(root / "bert"), "train": str(root / "train.jsonl"), "device": "cpu", "max_steps": 3,
+    base = {"task": "text-classification", "model": str(root / "bert"), "train": str(root / "train.jsonl"),
+            "device": "cpu", "max_steps": 3,
             "batch_size": 8, "save_model": False, "learning_rate": 1e-2, "density": 0.2,
             "retain": tuple(str(root / name) for name in names)}  # fmt: skip
     return Config(**{**base, **keys})

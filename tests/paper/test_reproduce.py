@@ -177,7 +177,7 @@ def test_the_list_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["glu"], ["no experiment 'glu'", "'glue'"]),
+        (["glu"], ["no experiment 'glu'. There are: ", " glue, "]),
         (["glue", "--scale", "tiny"], ["no scale 'tiny'", "smoke"]),
         (["glue", "--only", "CoLA"], ["glue has no 'CoLA'; did you mean 'COLA'"]),
         (["glue", "--only", "xyzzy"], ["glue has no 'xyzzy'. Known: bert-base, ", "COLA, ", "adamw"]),
@@ -316,7 +316,7 @@ def test_every_gradient_is_seen_before_the_optimizer_takes_it(folder: Path, tmp_
 
     seen = {}
     for name, options in (("adamw", {}), ("nanoadam", {"density": 0.1, "mask_interval": 1})):
-        config = images(folder, "old", optimizer=name, learning_rate=1e-3, **options)
+        config = images(folder, "old", optimizer=name, learning_rate=1e-3, warmup=0.0, **options)
         seen[name] = hyperbola._record(config, tmp_path / name, [0, 2])
     for recorder in seen.values():
         assert {record["step"] for record in recorder.gradients} == {0, 2}

@@ -17,7 +17,8 @@ except ModuleNotFoundError as missing:
     print(f"nanoadam: the command needs {missing.name}: pip install 'nanoadam[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from nanoadam.cli import analyze, bench, compare, demo, finetune, memory, reproduce  # they need typer
+from nanoadam.cli import analyze, bench, compare, delta, demo, finetune, memory, predict, reproduce  # they need typer
+from nanoadam.cli.help import Command
 from nanoadam.cli.options import EXTRAS
 
 __all__ = ["main"]
@@ -26,6 +27,7 @@ app = typer.Typer(
     name="nanoadam",
     help="Finetune pretrained models with Adam moments for the smallest weights only.",
     epilog="Example: nanoadam demo",
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -58,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The parser's own errors; their class has moved between releases of typer, their method has not.
         if not hasattr(error, "format_message"):
             raise
-        return _refuse(f"{str(error.format_message()).rstrip('.')} (see nanoadam --help)")
+        context = getattr(error, "ctx", None)
+        path = getattr(context, "command_path", "nanoadam")
+        sentence = str(error.format_message()).rstrip(".")
+        for far in (" (Possible options: ", " Did you mean "):  # what the parser finds near is often not
+            sentence = sentence.partition(far)[0]
+        return _refuse(f"{sentence} (see {path} --help)")
     if result == 130:
         print("nanoadam: interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
@@ -86,11 +93,17 @@ def _root(
         print(context.get_help())
 
 
-# In the order of the help.
-app.command(epilog=demo.EXAMPLE)(demo.demo)
-app.command(epilog=finetune.EXAMPLE)(finetune.finetune)
-app.command(epilog=compare.EXAMPLE)(compare.compare)
-app.command(epilog=reproduce.EXAMPLE)(reproduce.reproduce)
-app.command(epilog=analyze.EXAMPLE)(analyze.analyze)
-app.command(epilog=memory.EXAMPLE)(memory.memory)
-app.command(epilog=bench.EXAMPLE)(bench.bench)
+# In the order of the help; what each is for fits its list.
+for _command, _words, _example in (
+    (demo.demo, "Two tasks on real digit images, in a minute.", demo.EXAMPLE),
+    (finetune.finetune, "Finetune a model on your data.", finetune.EXAMPLE),
+    (predict.predict, "What a finetuned model says of other rows.", predict.PREDICT_EXAMPLE),
+    (predict.evaluate, "How good a finetuned model is on a test set.", predict.EVALUATE_EXAMPLE),
+    (compare.compare, "Several optimizers or rates of one job, in a table.", compare.EXAMPLE),
+    (reproduce.reproduce, "The paper's experiments.", reproduce.EXAMPLE),
+    (analyze.analyze, "What finetuning moved; where gradients fall.", analyze.EXAMPLE),
+    (memory.memory, "What each optimizer takes, by formula.", memory.EXAMPLE),
+    (bench.bench, "Each optimizer alone: memory and time of a step.", bench.EXAMPLE),
+):
+    app.command(epilog=_example, short_help=_words, cls=Command)(_command)
+app.add_typer(delta.app)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nanoadam.cli.options import EXTRAS, Json, config_options
-from nanoadam.cli.show import print_rows, progress, stdout
+from nanoadam.cli.options import EXTRAS, Json, config_options, need
+from nanoadam.cli.show import counting, print_rows, stdout
 from nanoadam.finetuning.config import FIELDS, Config
 
 _ANALYZED = frozenset(
@@ -53,20 +52,14 @@ def analyze(
         raise ValueError("give one of three: a run folder, --before with --after, or --model with --train")
     if ways[1] and (before is None or after is None):
         raise ValueError(f"--{'after' if after is None else 'before'} is missing: a pair needs both")
-    for module in EXTRAS if ways[2] else ("matplotlib", "numpy"):
-        importlib.import_module(module)
+    need(EXTRAS if ways[2] else ("matplotlib", "numpy"))
     from nanoadam.finetuning import analyze as lab
     from nanoadam.finetuning import folders
 
     folder = out or Path("runs") / f"analyze-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists():
         folders.prepare_folder(folder)
-    with progress() as bar:
-        task = bar.add_task("reading", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with counting("reading", silent=as_json) as tell:
         if keys:
             from nanoadam.finetuning import run as single
 

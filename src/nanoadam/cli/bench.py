@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Annotated
 
@@ -10,10 +9,10 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from nanoadam.baselines import BASELINES
-from nanoadam.cli.options import Json, listed
-from nanoadam.cli.show import progress, stdout
+from nanoadam.cli.options import Json, listed, need
+from nanoadam.cli.show import counting, stdout
 from nanoadam.comparing.shapes import MODELS
+from nanoadam.finetuning.config import OPTIMIZERS
 
 EXAMPLE = "Example: nanoadam bench --shapes bert-base --optimizers adamw,microadam,nanoadam"
 
@@ -24,7 +23,7 @@ def bench(
         str | None,
         typer.Option(help="Folder with a config.json, or a hub id: only the config is read.", show_default=False),
     ] = None,
-    optimizers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(BASELINES),
+    optimizers: Annotated[str, typer.Option(help="Separated by commas.", show_default="all")] = ",".join(OPTIMIZERS),
     optimizer_options: Annotated[
         str | None, typer.Option(help="Like galore.rank=64, separated by commas.", show_default=False)
     ] = None,
@@ -36,8 +35,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Every optimizer alone on random tensors of a model's shapes: state, time of a step, peak, and ratio to AdamW."""
-    for module in ("matplotlib", "numpy"):
-        importlib.import_module(module)
+    need(("matplotlib", "numpy"))
     from nanoadam.comparing import bench as lab
 
     settings = lab.Settings(
@@ -45,9 +43,8 @@ def bench(
         () if optimizer_options is None else listed("optimizer_options", optimizer_options, str),
         density, mask_interval, dtype, device, repeats,
     )  # fmt: skip
-    with progress() as bar:
-        task = bar.add_task("starting", total=None)
-        results = lab.run(settings, lambda what, done, n: bar.update(task, description=what, completed=done, total=n))
+    with counting("starting", silent=as_json) as tell:
+        results = lab.run(settings, tell)
     if as_json:
         print(json.dumps(results))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from nanoadam.cli.options import EXTRAS, ConfigFile, Json, config_options, listed
-from nanoadam.cli.show import progress, stdout
+from nanoadam.cli.options import EXTRAS, ConfigFile, Json, config_options, listed, need
+from nanoadam.cli.show import counting, stdout
 from nanoadam.finetuning.config import read
 
 EXAMPLE = (
@@ -34,11 +33,12 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Tried for each optimizer or variant; NAME=1e-5,1e-4 for that one alone, as often as needed.",
-            show_default="1e-5,1e-4,1e-3",
+            show_default="a third of, once and three times what is typical of each",
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Each run is repeated with each.", show_default="0,1,2")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own, over all visible GPUs.")] = 1,
+    keep: Annotated[str, typer.Option(help="best: makes the best run again and keeps its model.")] = "none",
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -59,10 +59,11 @@ def compare(
         given += [f"--{name.replace('_', '-')}" for name in keys or ()]
         if given:
             raise ValueError(f"--resume goes on with the comparison's own config: leave out {given[0]}")
+    if keep not in ("none", "best"):
+        raise ValueError(f"--keep must be none or best, got {keep!r}")
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
-    for module in EXTRAS:
-        importlib.import_module(module)
+    need(EXTRAS)
     from nanoadam.comparing import compare as lab
     from nanoadam.finetuning import run as single
 
@@ -78,13 +79,11 @@ def compare(
         chosen["seeds"] = listed("seeds", seeds, int)
     comparison = None if resume is not None else lab.made(chosen)
     folder = resume or out or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    with progress() as bar:
-        task = bar.add_task("reading model and data", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        results = lab.resume(folder, tell, jobs) if comparison is None else lab.run(comparison, folder, tell, jobs)
+    with counting("reading model and data", silent=as_json) as tell:
+        if comparison is None:
+            results = lab.resume(folder, tell, jobs)
+        else:
+            results = lab.run(comparison, folder, tell, jobs, keep)
     if as_json:
         print(json.dumps({"out": str(folder), **results}))
     else:
@@ -107,6 +106,8 @@ def _print_comparison(results: dict[str, Any], folder: Path) -> None:
         console.print(table)
     for line in tables.foot(results):
         console.print(line, soft_wrap=True)
+    if results.get("kept"):
+        console.print(f"Model of the best run: {folder / 'runs' / results['kept'] / 'model'}", soft_wrap=True)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 

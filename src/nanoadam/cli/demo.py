@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +11,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from nanoadam.cli.options import DEMO_EXTRA, Json
-from nanoadam.cli.show import progress, stdout
+from nanoadam.cli.options import DEMO_EXTRA, Json, need
+from nanoadam.cli.show import counting, stdout
 
 if TYPE_CHECKING:
     from nanoadam.demo.experiment import Demo
@@ -32,20 +31,14 @@ def demo(
 
     Real images that come with scikit-learn, no download, about a minute. Prints one table and writes a run folder.
     """
-    for module in DEMO_EXTRA:  # what is missing must be said before the work, not after it
-        importlib.import_module(module)
+    need(DEMO_EXTRA)
     from nanoadam.demo import experiment as lab
     from nanoadam.demo.folder import write_folder
     from nanoadam.finetuning import folders
 
     out = out or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folders.prepare_folder(out)
-    with progress() as bar:
-        task = bar.add_task("starting", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with counting("starting", silent=as_json) as tell:
         result = lab.run(lab.Settings(seeds=tuple(range(seeds))), tell)
     write_folder(result, out)
     if as_json:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nanoadam.cli.options import EXTRAS, Json, listed
-from nanoadam.cli.show import print_rows, progress, stdout
+from nanoadam.cli.options import EXTRAS, Json, listed, need
+from nanoadam.cli.show import counting, print_rows, stdout
 
 EXAMPLE = "Example: nanoadam reproduce forgetting --scale small --model mobilenet --data vision --out runs/first"
 
@@ -57,8 +56,7 @@ def reproduce(
         given = [option for option, value in {**told, "--list": show or None}.items() if value is not None]
         if given:
             raise ValueError(f"--resume goes on with the experiment's own recipe: leave out {given[0]}")
-    for module in EXTRAS:
-        importlib.import_module(module)
+    need(EXTRAS)
     from nanoadam.finetuning import run as single
     from nanoadam.paper import recipe as recipes
     from nanoadam.paper import reproduce as lab
@@ -73,12 +71,7 @@ def reproduce(
     if chosen is not None and only is not None:
         chosen = chosen.only(listed("only", only, str))
     folder = resume or out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    with progress() as bar:
-        task = bar.add_task("reading model and data", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with counting("reading model and data", silent=as_json) as tell:
         if chosen is None:
             results = lab.resume(folder, jobs=jobs, progress=tell)
         else:

@@ -31,7 +31,8 @@ from nanoadam.finetuning.config import FIELDS, Config
 from nanoadam.text import nearest
 
 OPTIMIZERS = ("adamw", "nanoadam")
-LEARNING_RATES = (1e-5, 1e-4, 1e-3)
+AROUND = (1 / 3, 1.0, 3.0)
+"""Times what is typical of an optimizer: the rates that are tried where none are given."""
 
 # What a variant may not set: these belong to the comparison, or would make one metric of two.
 SHARED = ("learning_rate", "seed", "task", "metric", "validation", "validation_share", "validation_rows")
@@ -117,7 +118,10 @@ class Comparison:
             optimizers.method(config.optimizer)
 
     def _config(self, variant: Variant, learning_rate: float, seed: int) -> Config:
-        return dataclasses.replace(self.config, **variant.overrides, learning_rate=learning_rate, seed=seed)
+        keys = {**variant.overrides, "learning_rate": learning_rate, "seed": seed}
+        if "density" in keys:  # a constant one, unless the variant says where it ends
+            keys.setdefault("density_end", None)
+        return dataclasses.replace(self.config, **keys)
 
     def resolved(self) -> Comparison:
         """With whole paths, so that it can be gone on with from anywhere."""
@@ -157,6 +161,7 @@ class Case:
     @property
     def key(self) -> Key:
         """What tells it from all others."""
+        assert self.config.learning_rate is not None
         return self.variant, self.config.learning_rate, self.config.seed
 
     @property
@@ -201,7 +206,7 @@ def variants(
             optimizers.method(name)
     found = {name: {} for name in names or OPTIMIZERS} if sections is None else sections
     grids = learning_rates if isinstance(learning_rates, Mapping) else {}
-    rest = LEARNING_RATES if learning_rates is None or isinstance(learning_rates, Mapping) else learning_rates
+    rest = None if isinstance(learning_rates, Mapping) else learning_rates
     for name in grids:
         if name and name not in found:
             raise ValueError(f"learning_rates has a grid for {name!r}, which is no variant{nearest(name, found)}")
@@ -209,8 +214,18 @@ def variants(
     for name, own in found.items():
         overrides = {key: value for key, value in own.items() if key != "learning_rates"}
         grid = grids.get(name, grids.get("", own.get("learning_rates", rest)))
+        if grid is None:
+            grid = _around(own.get("optimizer", name), own.get("density"))
         made.append(Variant(name, grid, overrides))
     return tuple(made)
+
+
+def _around(optimizer: str, density: Any) -> tuple[float, ...]:
+    """A grid about what is typical of an optimizer, at a density where it has one."""
+    known = optimizer if optimizer in BASELINES else OPTIMIZERS[0]
+    share = density if isinstance(density, float) and 0 < density <= 1 else None
+    middle = optimizers.typical(Config(model="-", train="-", optimizer=known, density=share))
+    return tuple(float(f"{middle * factor:.2g}") for factor in AROUND)
 
 
 def _rates(name: str, values: Any) -> tuple[float, ...]:
@@ -224,7 +239,9 @@ def _rates(name: str, values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def run(comparison: Comparison, out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
+def run(
+    comparison: Comparison, out: Path, progress: Progress | None = None, jobs: int = 1, keep: str = "none"
+) -> dict[str, Any]:
     """Run all of it, and write one folder with a folder for each run in it.
 
     A run that fails for whatever reason has a line that says why, and the others go on: so does a variant whose
@@ -235,6 +252,7 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None, job
         out: new or empty.
         progress: told when a run begins, and at the end.
         jobs: how many runs at once, each in a process of its own and on one of the visible GPUs in turn.
+        keep: "best" keeps the model of the best run, "none" none.
 
     Returns:
         `{"metric", "runs": [...], "table": [...], ...}`; see `tables.table`.
@@ -245,13 +263,14 @@ def run(comparison: Comparison, out: Path, progress: Progress | None = None, job
         RunError: if another process is writing to `out`.
     """
     comparison = comparison.resolved()
+    comparison = dataclasses.replace(comparison, config=finetune.with_task(comparison.config))
     if out.exists():
         folders.prepare_folder(out)
     job = _prepared(comparison, jobs)
     with folders.new_folder(out):
         folders.write(out / "config.toml", comparison.to_toml())
         folders.write(out / "manifest.json", json.dumps(job, indent=2) + "\n")
-        return _go(comparison, out, job, progress, jobs)
+        return _go(comparison, out, {**job, "keep": keep}, progress, jobs)
 
 
 def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
@@ -282,7 +301,10 @@ def ensure(comparison: Comparison, out: Path, progress: Progress | None = None, 
         shutil.rmtree(out, ignore_errors=True)  # killed before its first run
         return run(comparison, out, progress, jobs)
     begun, manifest = load(out)
-    if begun != comparison.resolved():
+    asked = comparison.resolved()
+    if asked.config.task is None:  # it was found, and written
+        asked = dataclasses.replace(asked, config=dataclasses.replace(asked.config, task=begun.config.task))
+    if begun != asked:
         raise ValueError(
             f"{out / 'config.toml'} is not what it was when it was written, or the folder has been moved: set it back, "
             "or begin anew with --out"
@@ -304,8 +326,8 @@ def _resume(out: Path, progress: Progress | None, jobs: int) -> dict[str, Any]:
         folder = out / "runs" / case.name
         written = folder / "config.toml"
         if case.key in done and written.is_file():
-            then_config = Config(**configs.read(written))
-            changed = [key for key in FIELDS if getattr(then_config, key) != getattr(case.config, key)]
+            changed = finetune.differences(case.config, Config(**configs.read(written)))
+            changed = [key for key in changed if key != "save_model"]
             if changed:
                 raise ValueError(
                     f"{changed[0]} in {out / 'config.toml'} is not what it was when the run {case.name} was made: the "
@@ -313,7 +335,7 @@ def _resume(out: Path, progress: Progress | None, jobs: int) -> dict[str, Any]:
                 )
         if case.key in done and (folder / "manifest.json").is_file():
             _check_rows(case, _read(folder / "manifest.json").get("data", {}))
-    return _go(comparison, out, job, progress, jobs)
+    return _go(comparison, out, {**job, "keep": before.get("keep", "none")}, progress, jobs)
 
 
 def _check_rows(case: Case, then: Mapping[str, Any]) -> None:
@@ -425,13 +447,40 @@ def _go(
     for _, outcome in pool.each(_one, tasks, jobs, _lost, lambda task: tell(str(task.case), len(done), total)):
         folders.append(out / "metrics.jsonl", outcome)
         done[_key(outcome)] = outcome
-    tell("done", total, total)
     results = _results(comparison, manifest, done)
+    if manifest.get("keep") == "best":
+        tell("the best run again, to keep its model", total, total)
+        results["kept"] = _keep_best(comparison, out, manifest, results)
+    tell("done", total, total)
     manifest = {**manifest, "results": results}
     page = tables.page(f"compare: {comparison.config.task}", _lead(comparison), manifest)
     folders.write(out / "report.html", page)
     folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return results
+
+
+def _keep_best(comparison: Comparison, out: Path, manifest: dict[str, Any], results: dict[str, Any]) -> str | None:
+    """The run of the best variant, at its rate, with the best seed: made again, with its model. Its name.
+
+    Models of all runs would fill a disk, and which one is wanted is known at the end only.
+    """
+    sign = 1 if results["higher_is_better"] else -1
+    good = [row for row in results["table"] if row["learning_rate"] is not None]
+    if not good:
+        return None
+    row = max(good, key=lambda row: sign * row["metric"]["mean"])
+    best = max(
+        (o for o in results["runs"] if (o["variant"], o["learning_rate"]) == (row["variant"], row["learning_rate"])),
+        key=lambda o: sign * o["metric"],
+    )
+    case = next(case for case in comparison.cases() if case.key == _key(best))
+    folder = out / "runs" / case.name
+    if not (folder / "model").is_dir():
+        again = _one(_Task(case, folder, manifest["metric"]["name"], keep=True))
+        if again.get("metric") is None:
+            raise ValueError(f"the best run, {case.name}, could not be made again: {again.get('stopped')}")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return case.name
 
 
 def _results(comparison: Comparison, manifest: dict[str, Any], done: Mapping[Key, Outcome]) -> dict[str, Any]:
@@ -445,6 +494,7 @@ def _results(comparison: Comparison, manifest: dict[str, Any], done: Mapping[Key
         "runs_at_once": manifest["hardware"]["runs_at_once"],
         "unfinished": len(cases) - len(outcomes),
         "table": tables.table(outcomes, better),
+        "verdict": tables.verdict(outcomes, tables.table(outcomes, better), manifest["metric"]["name"], better),
         "limits": optimizers.limits(dict.fromkeys(case.config.optimizer for case in cases)),
         "runs": outcomes,
     }
@@ -469,6 +519,7 @@ class _Task:
     case: Case
     out: Path
     metric: str
+    keep: bool = False
 
 
 def _one(task: _Task) -> Outcome:
@@ -480,7 +531,8 @@ def _one(task: _Task) -> Outcome:
         torch.cuda.empty_cache()
     shutil.rmtree(out, ignore_errors=True)  # of a run that was not finished
     try:
-        return _outcome(case, {**finetune.run(case.config, out), "metric": task.metric})
+        config = dataclasses.replace(case.config, save_model=True) if task.keep else case.config
+        return _outcome(case, {**finetune.run(config, out), "metric": task.metric})
     except finetune.Diverged as error:
         return {**_outcome(case, None), "stopped": str(error)}
     except Exception as error:  # libraries raise what they like: the other runs are to go on

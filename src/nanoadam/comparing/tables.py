@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from nanoadam.finetuning import optimizers
+from nanoadam.reports.charts import Chart, Series, bars, draw
 from nanoadam.reports.page import render
 from nanoadam.text import size
 
@@ -67,6 +66,38 @@ def table(outcomes: Sequence[Outcome], higher_is_better: bool) -> list[dict[str,
     return rows
 
 
+def verdict(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], metric: str, better: bool) -> list[str]:
+    """What the table says in words: the best variant, what may be as good, and what the grid leaves open."""
+    sign = 1 if better else -1
+    good = [row for row in rows if row["learning_rate"] is not None]
+    if not good:
+        return []
+    best = max(good, key=lambda row: sign * row["metric"]["mean"])
+    lines = [f"Best: {best['variant']} at a learning rate of {best['learning_rate']:g}, {metric} "
+             f"{_cell(best['metric'], '')}"]  # fmt: skip
+    if best["metric"]["std"] is None:
+        lines.append("One seed each proves nothing: differences may be chance, --seeds 0,1,2 tells more")
+    else:
+        near = [row["variant"] for row in good if row is not best and _level(best, row)]
+        if near:
+            lines.append(f"Within the spread of the seeds (two standard errors) of it: {', '.join(near)}")
+        elif len(good) > 1:
+            lines.append(f"No other is within the spread of its {best['runs']} seeds (two standard errors)")
+    for row in good:
+        tried = sorted({o["learning_rate"] for o in outcomes if o["variant"] == row["variant"]})
+        if len(tried) > 1 and row["learning_rate"] in (tried[0], tried[-1]):
+            side = "lower" if row["learning_rate"] == tried[0] else "higher"
+            lines.append(f"{row['variant']}: its best rate, {row['learning_rate']:g}, is at the edge of its grid; try "
+                         f"{side} ones too")  # fmt: skip
+    return lines
+
+
+def _level(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two means are within two standard errors of their difference."""
+    error = math.sqrt(sum((row["metric"]["std"] or 0.0) ** 2 / row["runs"] for row in (a, b)))
+    return bool(abs(a["metric"]["mean"] - b["metric"]["mean"]) <= 2 * error)
+
+
 def _spread(values: list[float]) -> dict[str, float | None]:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
@@ -97,7 +128,7 @@ def foot(results: dict[str, Any]) -> list[str]:
         stopped.insert(0, f"{results['unfinished']} runs are not finished")
     if any(row.get("retained") for row in results["table"]):
         stopped.append("forgetting is before - after, of a loss after - before: positive where it has become worse")
-    return stopped + optimizers.limit_lines(results["limits"])
+    return [*results.get("verdict", ()), *stopped, *optimizers.limit_lines(results["limits"])]
 
 
 def _cell(spread: dict[str, float | None] | None, unit: str) -> str:
@@ -114,38 +145,35 @@ def page(title: str, lead: str, manifest: dict[str, Any]) -> str:
     """One HTML file that needs no other, from a manifest with its results."""
     results = manifest["results"]
     short = {**manifest, "results": {key: value for key, value in results.items() if key != "runs"}}
-    return render(title, lead, lines(results), [_rates(results), _memory(results)], short, foot(results))
+    words = results.get("verdict") or ()
+    one = "One seed each: this page proves nothing about which is better." if len(manifest["seeds"]) == 1 else ""
+    verdict = f"{words[0]}." if words else ""
+    under = [line for line in foot(results) if line not in words[:1]]
+    return render(title, lead, lines(results), _drawn(results), short, under, [one] if one else (), verdict)
 
 
-def _rates(results: dict[str, Any]) -> Figure:
-    """The metric, and what was forgotten where that was measured, over learning rates."""
-    keys = ["metric"] + ["forgetting"] * any("forgetting" in run for run in results["runs"])
-    figure = Figure(figsize=(4 * len(keys) + 2, 3.2), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+def _drawn(results: dict[str, Any]) -> list[str]:
+    """The metric, and what was forgotten where that was measured, over learning rates; memory by kind."""
+    drawn = []
+    for key in ["metric"] + ["forgetting"] * any("forgetting" in run for run in results["runs"]):
+        series = []
         for name in dict.fromkeys(one["variant"] for one in results["runs"]):
             found: dict[float, list[float]] = {}
             for one in results["runs"]:
-                if one["variant"] == name and one.get(key) is not None:
-                    found.setdefault(one["learning_rate"], []).append(one[key])
-            axes.plot(list(found), [statistics.mean(values) for values in found.values()], "o-", ms=4, lw=1, label=name)
-        label = results["metric"] if key == "metric" else key
-        axes.set(xscale="log", xlabel="learning rate", ylabel=label, title=f"{label}, mean over seeds")
-        axes.legend(fontsize=8)
-    return figure
-
-
-def _memory(results: dict[str, Any]) -> Figure:
-    rows = [row for row in results["table"] if row["learning_rate"] is not None]
-    figure = Figure(figsize=(7, 1 + 0.5 * max(1, len(rows))), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(rows)
-    for kind in ("weights", "gradients", "state", "rest"):
-        if rows and all(f"memory_{kind}" in row for row in rows):
-            widths = [row[f"memory_{kind}"]["mean"] / 1e6 for row in rows]
-            axes.barh([row["variant"] for row in rows], widths, left=left, label=kind)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set(xlabel="MB (1e6 bytes)", title="Memory by kind")
-    axes.invert_yaxis()
-    if axes.patches:
-        axes.legend(fontsize=8)
-    return figure
+                value = one.get(key)
+                if one["variant"] == name and value is not None and one["learning_rate"] > 0:
+                    found.setdefault(one["learning_rate"], []).append(value)
+            series.append(Series(name, [(rate, statistics.mean(values)) for rate, values in sorted(found.items())]))
+        what = results["metric"] if key == "metric" else key
+        drawn.append(draw(Chart(f"Which learning rate: {what}, mean over seeds", series, x="learning rate", log=True)))
+    kinds = ("weights", "gradients", "state", "rest")
+    rows = [
+        (row["variant"], {kind: row[f"memory_{kind}"]["mean"] for kind in kinds if f"memory_{kind}" in row})
+        for row in results["table"]
+        if row["learning_rate"] is not None
+    ]
+    drawn.append(bars("Where does the memory go?", rows))
+    times = [(row["variant"], {"seconds": row["seconds_per_step"]["mean"]}) for row in results["table"]
+             if "seconds_per_step" in row]  # fmt: skip
+    drawn.append(bars("How long does a step take, in seconds?", times, unit=""))
+    return [figure for figure in drawn if figure]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import io
-import json
 import statistics
-from string import Template
 from typing import Any
 
 from matplotlib.figure import Figure
 
 import nanoadam
 from nanoadam.demo.experiment import METRICS, Demo, Digits
-from nanoadam.reports.page import inline
+from nanoadam.reports.page import inline, render
 from nanoadam.text import size
 
 __all__ = ["cell", "figures", "report"]
@@ -97,53 +94,39 @@ def _memory(demo: Demo) -> Figure:
     return figure
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>nanoadam demo</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .3em .9em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1em }
-</style></head><body>
-<h1>nanoadam demo: what does finetuning on new digits do to old ones?</h1>
-<p>A network of $weights weights learned the digits 0 to 4 of scikit-learn's 1,797 real images, and was then finetuned
-on 5 to 9. After that the head for 0 to 4 was put back. Mean ± standard deviation over seeds $seeds; nanoadam $version;
-$seconds s.</p>
-$table
-<p>Learning rate: $choice; the grid is the same for all ($grid). Task 1 takes no part in the choice. One point per
-method proves little, so the first figure shows the whole grid. AdamW keeps two float32 moments per weight; the
-gradients counted are those alive between backward and step.</p>
-$figures
-<h2>How it was run</h2>
-<pre>$manifest</pre>
-</body></html>
-""")
-
-
 def report(demo: Demo, manifest: dict[str, Any], svgs: dict[str, bytes]) -> str:
     """One HTML file that needs no other."""
-    table = demo.table()
-    lines = [
-        ["", *(row["method"] for row in table)],
-        ["learning rate (chosen)", *(f"{row['learning_rate']:g}" for row in table)],
+    found, settings = demo.table(), demo.settings
+    rows = [
+        ["", *(row["method"] for row in found)],
+        ["learning rate (chosen)", *(f"{row['learning_rate']:g}" for row in found)],
     ]
-    lines += [[label, *(cell(row[key], unit) for row in table)] for key, label, unit in METRICS]
-    tags = ["th"] + ["td"] * (len(lines) - 1)
-    body = "".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in line) + "</tr>"
-        for tag, line in zip(tags, lines, strict=True)
+    rows += [[label, *(cell(row[key], unit) for row in found)] for key, label, unit in METRICS]
+    weights = sum(p.numel() for p in Digits(settings.hidden).parameters())
+    lead = (
+        f"A network of {weights:,} weights learned the digits 0 to 4 of scikit-learn's 1,797 real images, and was then "
+        "finetuned on 5 to 9. After that the head for 0 to 4 was put back. Mean ± standard deviation over seeds "
+        f"{', '.join(map(str, settings.seeds))}; nanoadam {nanoadam.__version__}; {demo.seconds:.0f} s."
     )
-    drawings = "".join(f"<figure>{inline(svg)}</figure>" for svg in svgs.values())
-    return _PAGE.substitute(
-        weights=f"{sum(p.numel() for p in Digits(demo.settings.hidden).parameters()):,}",
-        seeds=", ".join(map(str, demo.settings.seeds)),
-        version=nanoadam.__version__,
-        seconds=f"{demo.seconds:.0f}",
-        table=f"<table>{body}</table>",
-        choice=manifest["learning_rate_choice"],
-        grid=", ".join(f"{lr:g}" for lr in demo.settings.learning_rates),
-        figures=drawings,
-        manifest=html.escape(json.dumps({k: v for k, v in manifest.items() if k != "results"}, indent=2)),
+    grid = ", ".join(f"{lr:g}" for lr in settings.learning_rates)
+    foot = [
+        f"Learning rate: {manifest['learning_rate_choice']}; the grid is the same for all ({grid}). Task 1 takes no "
+        "part in the choice. One point per method proves little, so the first figure shows the whole grid. AdamW keeps "
+        "two float32 moments per weight; the gradients counted are those alive between backward and step."
+    ]
+    drawn = [f'<figure class="drawn">{inline(svg)}</figure>' for svg in svgs.values()]
+    plain = {key: value for key, value in manifest.items() if key != "results"}
+    one = ["One seed: this page proves nothing about which is better."] if len(settings.seeds) == 1 else []
+    return render(
+        "demo: what does finetuning on new digits do to old ones?", lead, rows, drawn, plain, foot, one, _verdict(found)
     )
+
+
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    """What came of it: the new task, the old one, the memory."""
+    parts = [
+        f"{row['method']} {cell(row['task2'], '%')} on the new digits, {cell(row['task1_after'], '%')} left on the old "
+        f"ones, {cell(row['state_bytes'], 'B')} of optimizer state"
+        for row in rows
+    ]
+    return f"{'; '.join(parts)}."

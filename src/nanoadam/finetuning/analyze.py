@@ -133,12 +133,13 @@ def model(config: Config, batches: int = 1, progress: Progress | None = None) ->
     import torch
     from transformers import set_seed
 
-    from nanoadam.finetuning import data, tasks
+    from nanoadam.finetuning import job, tasks
 
     tell = progress or (lambda what, done, total: None)
     if batches < 1:
         raise ValueError(f"batches must be at least 1, got {batches}")
-    train, validation = data.load(config)
+    config = job.with_task(config)
+    train, validation = job.rows(config)
     set_seed(config.seed)
     task = tasks.make(config, train, validation)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanoadam.baselines import BASELINES
 from nanoadam.text import nearest
 
 if sys.version_info >= (3, 11):
@@ -18,9 +17,27 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover
     import tomli as tomllib
 
-TASKS = ("text-classification", "text-regression", "causal-lm", "image-classification")
+TASKS = (
+    "text-classification", "multi-label-classification", "text-regression", "token-classification", "causal-lm",
+    "image-classification",
+)  # fmt: skip
+OPTIMIZERS = (
+    "nanoadam", "adamw", "sgd", "adafactor", "adamw8bit", "galore", "apollo", "microadam", "lora", "flashadamw",
+)  # fmt: skip
+"""Those of `nanoadam.baselines`, by name: importing that takes torch, and the command's help does not."""
+
 SCHEDULERS = ("linear", "cosine", "constant")
 DENSITY_SCHEDULES = ("constant", "linear", "cosine")
+DENSITY = (0.1, 0.04)
+"""At the start and at the end, where nothing is given."""
+
+AUTO = "auto"
+"""What stands for a learning rate that is to be found."""
+
+FOUND = ("task", "learning_rate", "density", "density_end")
+"""Keys that are found where they are not given; a run's config.toml has them."""
+
+SAVES = ("model", "delta", "both")
 CRITERIA = ("smallest", "largest", "random", "gradient")
 
 
@@ -37,30 +54,33 @@ class Config:
         ValueError: for a value out of range; it names the key, the value and what may stand there.
     """
 
-    task: str = _key("text-classification", "What is learned.", "model", TASKS)
-    metric: str | None = _key(None, "What counts when optimizers are compared; by default the task's first.", "model")
     model: str = _key("", "Local folder or hub id of a transformers model.", "model")
+    task: str | None = _key(None, "What is learned; by default what data and model are for.", "model", TASKS)
+    metric: str | None = _key(None, "What counts when runs are compared; by default the task's first.", "model")
     tokenizer: str | None = _key(None, "Folder or hub id of its tokenizer, if not the model's own.", "model")
     revision: str | None = _key(None, "Branch, tag or commit of a hub id.", "model")
     init_from_config: bool = _key(False, "Random weights: read the model's config only.", "model")
-    new_head: bool = _key(False, "Replace a head whose shape does not fit the data.", "model")
+    new_head: bool = _key(False, "Replace the head that the model has.", "model")
     trust_remote_code: bool = _key(False, "Run Python code that comes with the model.", "model")
     allow_pickle: bool = _key(False, "Load pickled weights (pytorch_model.bin) where there are no others.", "model")
     dtype: str = _key("float32", "Of the weights.", "model", ("float32", "bfloat16"))
 
-    train: str = _key("", "Training data: a file, an image folder, or hub id[:config]@split.", "data")
+    train: str = _key("", "Training data: a file, an image folder, or hub-id[:config]@split.", "data")
     validation: str | None = _key(None, "Validation data, likewise; by default a share of the training data.", "data")
     validation_share: float = _key(0.1, "That share, split off at random.", "data", low=0.0)
-    columns: tuple[str, ...] = _key((), "Column names of CSV and TSV files without a header.", "data")
-    text_column: str | None = _key(None, "The text, or the first of a pair; guessed by default.", "data")
+    columns: tuple[str, ...] = _key((), "Column names of tables without a header.", "data")
+    delimiter: str | None = _key(None, "Between the fields of a table; found by default.", "data")
+    encoding: str | None = _key(None, "Of text files; UTF-8 or UTF-16 by default.", "data")
+    text_column: str | None = _key(None, "The text, or the first of a pair; found by its name by default.", "data")
     pair_column: str | None = _key(None, "The second of a pair of texts.", "data")
-    label_column: str | None = _key(None, "The label or the number to be learned; guessed by default.", "data")
-    image_column: str | None = _key(None, "The image: a path, or its bytes; guessed by default.", "data")
-    prompt_column: str | None = _key(None, "causal-lm: the prompt, which has no loss.", "data")
+    label_column: str | None = _key(None, "The label or the number; found by its name by default.", "data")
+    image_column: str | None = _key(None, "The image: a path, or its bytes; found by its name by default.", "data")
+    prompt_column: str | None = _key(None, "causal-lm: the prompt, which has no loss; A,B joins two columns.", "data")
     completion_column: str | None = _key(None, "causal-lm: the completion, which has.", "data")
     messages_column: str | None = _key(None, "causal-lm: a list of {role, content}; the last one is learned.", "data")
     max_length: int | None = _key(None, "Most tokens of a sequence; by default what the model takes.", "data", low=2)
     truncate: bool = _key(False, "Cut longer sequences instead of refusing them.", "data")
+    packing: bool = _key(False, "causal-lm: put a batch's rows into one sequence, without padding.", "data")
     train_rows: int | None = _key(None, "Use so many rows, drawn at random; the same at every seed.", "data", low=1)
     validation_rows: int | None = _key(None, "Use so many rows, drawn likewise.", "data", low=1)
 
@@ -68,9 +88,11 @@ class Config:
         (), "What must not be forgotten: a text (language models), pairs of texts, labelled texts or images.", "data"
     )
 
-    optimizer: str = _key("nanoadam", f"Any of {', '.join(BASELINES)}.", "optimizer")
+    optimizer: str = _key("nanoadam", f"Any of {', '.join(OPTIMIZERS)}.", "optimizer")
     optimizer_options: tuple[str, ...] = _key((), "Like galore.rank=64: METHOD.OPTION=VALUE.", "optimizer")
-    learning_rate: float = _key(1e-4, "At the top of the schedule.", "optimizer", low=0.0)
+    learning_rate: float | None = _key(
+        None, "At the top of the schedule; auto tries a few on the first batches.", "optimizer", low=0.0
+    )
     head_learning_rate: float | None = _key(
         None, "Of the head alone, on the same schedule; by default learning_rate.", "optimizer", low=0.0
     )
@@ -79,28 +101,29 @@ class Config:
     beta2: float = _key(0.999, "Decay of the second moment.", "optimizer", low=0.0)
     eps: float = _key(1e-8, "Added to the root of the second moment.", "optimizer", low=0.0)
     max_grad_norm: float | None = _key(None, "Clip gradients to this norm.", "optimizer", low=0.0)
-    density: float = _key(0.01, "nanoadam: share of the weights selected, at the start.", "optimizer", low=0.0)
-    density_end: float | None = _key(None, "nanoadam: and at the end.", "optimizer", low=0.0)
-    density_schedule: str = _key("linear", "nanoadam: how to get there.", "optimizer", DENSITY_SCHEDULES)
+    density: float | None = _key(
+        None, "Share of the weights selected, at the start; by default 0.1 falling to 0.04.", "nanoadam", low=0.0
+    )
+    density_end: float | None = _key(None, "And at the end; by default density if that is given.", "nanoadam", low=0.0)
+    density_schedule: str = _key("linear", "How to get there.", "nanoadam", DENSITY_SCHEDULES)
     density_interval: int | None = _key(
-        None, "nanoadam: steps between changes of density; default an 8th of an epoch.", "optimizer", low=1
+        None, "Steps between changes of density; by default an 8th of an epoch.", "nanoadam", low=1
     )
     mask_interval: int | None = _key(
-        None,
-        "nanoadam: steps between selections, a static one with more than the run has; default a 40th of an epoch.",
-        "optimizer",
-        low=1,
-    )
-    criterion: str = _key("smallest", "nanoadam: which weights are selected.", "optimizer", CRITERIA)
-    keep_zeros: bool = _key(False, "nanoadam: never select exact zeros: a pruned model stays pruned.", "optimizer")
-    moments: str = _key("carry", "nanoadam: at a new selection, of weights that stay.", "optimizer", ("carry", "reset"))
-    state_dtype: str = _key("bfloat16", "nanoadam: of the moments.", "optimizer", ("bfloat16", "float32"))
-    stochastic_rounding: bool = _key(True, "nanoadam: of bfloat16 moments and weights.", "optimizer")
-    gradient_release: bool = _key(True, "nanoadam: cut gradients down during backward.", "optimizer")
-    grad_dtype: str = _key(
-        "float32", "nanoadam: of held gradients; bfloat16 loses nothing of bfloat16 ones where accumulate is 1.",
-        "optimizer", ("float32", "bfloat16"),
+        None, "Steps between selections; by default a 40th of an epoch. More than the run has: never again.",
+        "nanoadam", low=1,
     )  # fmt: skip
+    criterion: str = _key("smallest", "Which weights are selected.", "nanoadam", CRITERIA)
+    keep_zeros: bool = _key(False, "Never select exact zeros: a pruned model stays pruned.", "nanoadam")
+    moments: str = _key("carry", "Of weights that stay, at a new selection.", "nanoadam", ("carry", "reset"))
+    state_dtype: str = _key("bfloat16", "Of the moments.", "nanoadam", ("bfloat16", "float32"))
+    stochastic_rounding: bool = _key(True, "Of bfloat16 moments and weights.", "nanoadam")
+    gradient_release: bool = _key(True, "Cut gradients down during backward.", "nanoadam")
+    grad_dtype: str = _key(
+        "float32", "Of held gradients; bfloat16 loses nothing of bfloat16 ones where accumulate is 1.",
+        "nanoadam", ("float32", "bfloat16"),
+    )  # fmt: skip
+    log_touched: bool = _key(True, "Log the share selected at least once; costs time at each selection.", "nanoadam")
 
     freeze_norms: bool = _key(False, "Keep BatchNorm as it is: statistics, scale and shift.", "training")
     norm_momentum: float | None = _key(
@@ -113,19 +136,24 @@ class Config:
     accumulate: int = _key(1, "Backward passes per step.", "training", low=1)
     eval_batch_size: int = _key(32, "Rows per forward pass when evaluating.", "training", low=1)
     scheduler: str = _key("linear", "Of the learning rate.", "training", SCHEDULERS)
-    warmup: float = _key(0.0, "Steps of warm-up, or below 1 their share of all steps.", "training", low=0.0)
+    warmup: float = _key(0.05, "Steps of warm-up, or below 1 their share of all steps.", "training", low=0.0)
     label_smoothing: float = _key(0.0, "Share of each label's weight that all classes get.", "training", low=0.0)
     autocast: str = _key("no", "Compute in another precision than the weights'.", "training", ("no", "bf16", "fp16"))
     checkpoint_activations: bool = _key(False, "Recompute activations in backward to save memory.", "training")
     seed: int = _key(0, "Of new weights, dropout, splits, order of data and rounding.", "training", low=0)
-    eval_every: int | None = _key(None, "Steps between evaluations; by default an epoch.", "training", low=1)
-    save_every: int | None = _key(None, "Steps between checkpoints; by default an epoch.", "training", low=1)
-    save_model: bool = _key(True, "Write the finetuned model, and checkpoints on the way.", "training")
-    keep_checkpoints: int = _key(1, "How many checkpoints to keep.", "training", low=1)
-    log_every: int = _key(10, "Steps between lines of metrics.jsonl.", "training", low=1)
-    log_touched: bool = _key(
-        True, "nanoadam: log the share selected at least once; costs time at each selection.", "training"
+    best: bool = _key(False, "Keep the weights of the best evaluation instead of the last ones.", "output")
+    eval_every: int | None = _key(None, "Steps between evaluations; by default an epoch.", "output", low=1)
+    save_every: int | None = _key(None, "Steps between checkpoints; by default an epoch.", "output", low=1)
+    save_model: bool = _key(True, "Write the finetuned model, and checkpoints on the way.", "output")
+    save: str = _key(
+        "model",
+        "What that is: whole models; patches of the base, in checkpoints too; or both.",
+        "output",
+        SAVES,
     )
+    keep_checkpoints: int = _key(1, "How many checkpoints to keep.", "output", low=1)
+    log_every: int = _key(10, "Steps between lines of metrics.jsonl.", "output", low=1)
+    samples: int = _key(8, "How many rows to show with what the model says of them.", "output", low=0)
     device: str = _key("auto", "Where to compute.", "training", ("auto", "cpu"))
     threads: int | None = _key(
         None, "Of the CPU; by default as torch chooses, or a share of the cores under --jobs.", "training", low=1
@@ -135,10 +163,13 @@ class Config:
         """Refuse what cannot be."""
         hints = typing.get_type_hints(Config)
         for field in FIELDS.values():
-            value = _checked(field.name, getattr(self, field.name), hints[field.name])
+            value = getattr(self, field.name)
+            if field.name == "learning_rate" and value == AUTO:
+                value = None
+            value = _checked(field.name, value, hints[field.name])
             object.__setattr__(self, field.name, value)
             choices, low = field.metadata["choices"], field.metadata["low"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ValueError(f"{field.name} {value!r} is unknown{nearest(str(value), choices)}")
             if low is not None and value is not None and not low <= value < float("inf"):
                 raise ValueError(f"{field.name} must be at least {low:g}, got {value!r}")
@@ -147,14 +178,33 @@ class Config:
                 raise ValueError(f"there is no {name}: give --{name}, or {name} = ... in the config file")
         if self.max_grad_norm == 0:
             raise ValueError("max_grad_norm must be positive, or left out for no clipping, got 0")
+        if self.save != "model" and (self.optimizer == "lora" or self.init_from_config):
+            why = (
+                "adapters change every weight beside them"
+                if self.optimizer == "lora"
+                else "random weights have no base"
+            )
+            raise ValueError(f"save {self.save!r} writes what has changed from the base, and {why}: leave it out")
         if self.label_smoothing >= 1:
             raise ValueError(f"label_smoothing must be below 1, got {self.label_smoothing}")
         for name in ("density", "density_end"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+        if self.delimiter is not None:
+            given = {"tab": "\t", "\\t": "\t"}.get(self.delimiter, self.delimiter)
+            if len(given) != 1:
+                raise ValueError(f"delimiter must be one character, or tab, got {self.delimiter!r}")
+            object.__setattr__(self, "delimiter", given)
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share}")
+
+    @property
+    def densities(self) -> tuple[float, float | None]:
+        """Density at the start, and at the end if it changes."""
+        if self.density is not None:
+            return self.density, self.density_end
+        return DENSITY[0], DENSITY[1] if self.density_end is None else self.density_end
 
     def resolved(self) -> Config:
         """With whole paths where it names local files or folders, so that it can be run from anywhere."""
@@ -173,7 +223,7 @@ class Config:
 
         lines = ["# Run it again: nanoadam finetune config.toml"]
         section = ""
-        for field in FIELDS.values():
+        for field in sorted(FIELDS.values(), key=lambda field: SECTIONS.index(field.metadata["section"])):
             if field.metadata["section"] != section:
                 section = field.metadata["section"]
                 lines += ["", f"[{section}]"]

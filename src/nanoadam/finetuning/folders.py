@@ -88,7 +88,7 @@ def _only_told(out: Path, derived: Sequence[str]) -> bool:
     return all(
         path.name in _TOLD
         or path.relative_to(out).parts[0] in derived
-        or (path.name == "metrics.jsonl" and not path.stat().st_size)
+        or (path.name == "metrics.jsonl" and not any(line.get("step") for line in read_lines(path)))
         for path in files
     )
 

@@ -44,6 +44,28 @@ def method(name: str) -> baselines.Baseline:
     return BASELINES[name]
 
 
+TYPICAL = {
+    "nanoadam": 5e-4, "adamw": 4e-5, "adamw8bit": 4e-5, "flashadamw": 4e-5, "microadam": 4e-5, "galore": 1e-4,
+    "apollo": 1e-4, "adafactor": 3e-4, "lora": 3e-4, "sgd": 1e-2,
+}  # fmt: skip
+"""Learning rates that were about right in runs of `TYPICAL_STEPS`; that of nanoadam at a density of 10 %."""
+
+TYPICAL_STEPS = 1500
+SHORTENED = 1 / 3
+"""A run of an eighth of the steps takes steps of twice the length."""
+
+
+def typical(config: Config, steps: int = TYPICAL_STEPS) -> float:
+    """A learning rate that is about right for the optimizer and the length of a run, whatever model and data are.
+
+    It goes with the inverse root of the density and the inverse cube root of the steps: docs/results/defaults.md.
+    """
+    rate = TYPICAL.get(config.optimizer, 1e-4) * (TYPICAL_STEPS / min(max(steps, 20), 20_000)) ** SHORTENED
+    if config.optimizer == "nanoadam":
+        rate *= (0.1 / max(config.densities[0], 1e-3)) ** 0.5
+    return float(f"{rate:.2g}")
+
+
 def by_nanoadam(config: Config) -> bool:
     """Whether it is NanoAdam that trains, be it adapters: it clips by itself, and the keys of nanoadam count."""
     return config.optimizer == "nanoadam" or options(config).get("trainer") == "nanoadam"
@@ -112,7 +134,7 @@ def _for_trainer(config: Config) -> Made:
     own = {key: value for key, value in options(config).items() if key not in LORA}
     return baselines.for_trainer(
         config.optimizer,
-        config.learning_rate,
+        config.learning_rate if config.learning_rate is not None else typical(config),
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
@@ -123,13 +145,14 @@ def _for_trainer(config: Config) -> Made:
 
 def _nanoadam(config: Config, plan: Plan) -> Made:
     recommended = nanoadam.recommended_intervals(plan.steps_per_epoch)
-    density: float | Schedule = config.density
-    if config.density_end is not None and config.density_schedule != "constant":
+    start, end = config.densities
+    density: float | Schedule = start
+    if end is not None and config.density_schedule != "constant":
         shape = nanoadam.cosine if config.density_schedule == "cosine" else nanoadam.linear
         interval = config.density_interval or recommended.density_interval
-        density = shape(config.density, config.density_end, total_steps=plan.total_steps, interval=interval)
+        density = shape(start, end, total_steps=plan.total_steps, interval=interval)
     return nanoadam.for_trainer(
-        lr=config.learning_rate,
+        lr=config.learning_rate if config.learning_rate is not None else typical(config, plan.total_steps),
         weight_decay=config.weight_decay,
         head_lr=config.head_learning_rate,
         betas=(config.beta1, config.beta2),

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoadam.baselines.lora import has_adapters, pretrained
-from nanoadam.finetuning import data
+from nanoadam.finetuning import data, files, labels
 from nanoadam.finetuning.config import Config
 
 BATCH = 128
@@ -114,7 +114,7 @@ def _measure(name: str, config: Config, processor: Any) -> Measure:
 
 
 def _token_loss(path: Path, tokenizer: Any) -> Measure:
-    text = data.utf8(path)
+    text = files.text_of(path)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < 2:
         raise ValueError(f"{path} holds fewer than two tokens: there is nothing to retain")
@@ -140,7 +140,7 @@ def _token_loss(path: Path, tokenizer: Any) -> Measure:
 def _retrieval(split: data.Split, tokenizer: Any) -> Measure:
     first = split.column("retain", None, (*data.PROMPT, *data.TEXT))
     second = split.column("retain", None, (*data.COMPLETION, *data.PAIR))
-    sides = [_batches(data.texts(split, name), tokenizer) for name in (first, second)]
+    sides = [_batches(labels.texts(split, name), tokenizer) for name in (first, second)]
 
     def measure(model: nn.Module, precision: str) -> Measured:
         with _evaluating(model, precision) as device:
@@ -154,12 +154,12 @@ def _retrieval(split: data.Split, tokenizer: Any) -> Measure:
 
 
 def _text_probe(split: data.Split, tokenizer: Any) -> Measure:
-    texts = data.texts(split, split.column("retain", None, data.TEXT))
-    batches, labels = _batches(texts, tokenizer), _labels(split)
+    texts = labels.texts(split, split.column("retain", None, data.TEXT))
+    batches, ids = _batches(texts, tokenizer), _labels(split)
 
     def measure(model: nn.Module, precision: str) -> Measured:
         with _evaluating(model, precision) as device:
-            return _probe(_text_features(model, batches, device), labels)
+            return _probe(_text_features(model, batches, device), ids)
 
     return measure
 
@@ -168,7 +168,7 @@ def _image_probe(split: data.Split, processor: Any) -> Measure:
     from nanoadam.finetuning import images
     from nanoadam.finetuning.tasks.images import sources as sources_of
 
-    sources, labels = sources_of(split, split.column("retain", None, data.IMAGE)), _labels(split)
+    sources, ids = sources_of(split, split.column("retain", None, data.IMAGE)), _labels(split)
 
     def measure(model: nn.Module, precision: str) -> Measured:
         features = []
@@ -179,7 +179,7 @@ def _image_probe(split: data.Split, processor: Any) -> Measure:
                 chosen = [images.decode(source) for source in sources[start : start + BATCH]]
                 pixels = processor(chosen, return_tensors="pt")["pixel_values"].to(device, dtype)
                 features.append(_pooled(encoder(pixel_values=pixels)))
-        return _probe(torch.cat(features), labels)
+        return _probe(torch.cat(features), ids)
 
     return measure
 
@@ -193,15 +193,15 @@ def _pooled(output: Any) -> Tensor:
 def _labels(split: data.Split) -> list[int]:
     """Each row's class; refuses before the run what the probe could not be fitted to after it."""
     column = split.column("retain", None, data.LABEL)
-    names = data.label_names(split, column)
-    labels = data.class_ids(split, column, names)
-    for label, count in Counter(labels).items():
+    names = labels.label_names(split, column)
+    ids = labels.class_ids(split, column, names)
+    for label, count in Counter(ids).items():
         if count < 2:
             raise ValueError(f"{split.name} has one row only with {column} {names[label]!r}: a probe needs two of each")
-    if math.ceil(PROBE_TEST * len(labels)) < len(set(labels)):
-        raise ValueError(f"{split.name} has {len(labels)} rows for {len(set(labels))} labels: a probe needs four times "
+    if math.ceil(PROBE_TEST * len(ids)) < len(set(ids)):
+        raise ValueError(f"{split.name} has {len(ids)} rows for {len(set(ids))} labels: a probe needs four times "
                          "as many rows as labels")  # fmt: skip
-    return labels
+    return ids
 
 
 def _probe(features: Tensor, labels: Sequence[int]) -> Measured:

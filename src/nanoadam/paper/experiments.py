@@ -87,7 +87,7 @@ def keys(recipe: Recipe, model: str, task: str, setting: Setting) -> dict[str, A
         share = float(recipe.keys["prune"])
         pruned = setting.out / f"{model}-pruned"
         found["model"] = str(_once(pruned, lambda path: prune(found["model"], path, share)))
-    return {key: value for key, value in found.items() if key in FIELDS}
+    return {"warmup": 0.0, **{key: value for key, value in found.items() if key in FIELDS}}  # the paper has none
 
 
 def _once(path: Path, make: Callable[[Path], Any]) -> Path:

@@ -102,7 +102,12 @@ def run(first: Config, second: Config, out: Path) -> dict[str, Any]:
 
     learned = finetune.ensure(first, out / "task1")
     again = dataclasses.replace(
-        first, model=str(out / "task1" / "model"), init_from_config=False, optimizer="adamw", optimizer_options=()
+        first,
+        model=str(out / "task1" / "model"),
+        init_from_config=False,
+        new_head=False,
+        optimizer="adamw",
+        optimizer_options=(),
     )
     job = finetune.prepare(again)
     model: Any = job.task.model

@@ -95,7 +95,7 @@ def load(name: str, scale: str = "full") -> Recipe:
         ValueError: for a name or a scale that there is none of.
     """
     if name not in names():
-        raise ValueError(f"there is no experiment {name!r}{nearest(name, names())}")
+        raise ValueError(f"there is no experiment {name!r}. There are: {', '.join(names())}")
     keys = read(FOLDER / f"{name}.toml")
     scales = keys.pop("scale", {})
     known = ["full", *scales] if "full" not in scales else list(scales)

@@ -179,10 +179,26 @@ def _run(recipe: Recipe, setting: Setting, manifest: dict[str, Any]) -> dict[str
     }  # fmt: skip
     manifest = {**manifest, "results": results}
     lead = f"{recipe.title}. In the paper: {recipe.keys.get('tables', 'nowhere')}. Scale: {recipe.scale}."
-    page = render(recipe.name, lead, lines(results), list(found.figures), manifest, results["notes"])
+    page = render(
+        recipe.name, lead, lines(results), list(found.figures), manifest, results["notes"], _warnings(recipe, results)
+    )
     folders.write(out / "report.html", page)
     folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return results
+
+
+def _warnings(recipe: Recipe, results: Mapping[str, Any]) -> list[str]:
+    """What must be known before the figures are read."""
+    found = []
+    if recipe.scale == "smoke":
+        found.append(
+            "Every figure here is of a tiny model with random weights: it shows that the program runs, and says "
+            "nothing of the paper's."
+        )
+    runs = [row["runs"] for row in results["rows"] if row.get("runs")]
+    if runs and max(runs) == 1:
+        found.append("One seed: a difference from the paper's figure proves nothing by itself.")
+    return found
 
 
 def _check(recipe: Recipe, setting: Any) -> list[Path]:

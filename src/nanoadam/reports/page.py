@@ -1,100 +1,150 @@
-"""The self-contained report of a finetuning run: its results, its course in plots, and how it was run."""
+"""The page that every command writes: one HTML file that needs no other, no network and no script to be read."""
 
 from __future__ import annotations
 
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
+from importlib import resources
 from string import Template
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from nanoadam.reports import charts
-from nanoadam.text import size
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .3em .9em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-figure { margin: 1em 0 } svg { max-width: 100%; height: auto }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1em }
-"""
-
 _PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>nanoadam: $title</title><style>$style</style></head><body>
-<h1>$title</h1>
-<p>$lead</p>
-$table
-$figures
-<h2>How it was run</h2>
-<pre>$manifest</pre>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nanoadam: $title</title><style>$style</style></head><body>
+<header><h1>$title</h1>$top</header>
+<main>$body</main>
+<script>$script</script>
 </body></html>
 """)
 
 
-def page(manifest: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    """One HTML file that needs no other.
+def whole(title: str, verdict: str, blocks: Sequence[str], notes: Sequence[str] = (), lead: str = "") -> str:
+    """A page from its parts.
 
     Args:
-        manifest: with its settings and results.
-        lines: of metrics.jsonl.
+        title: of the page.
+        verdict: what came of it, in a sentence.
+        blocks: of HTML.
+        notes: what a reader must know before the figures.
+        lead: what was done, in a sentence or two.
     """
-    results, settings = manifest["results"], manifest["settings"]
-    rows: list[tuple[str, ...]] = [("", "at the end")]
-    rows += [(name, f"{value:.4g}") for name, value in results["final"].items()]
-    rows += [(f"memory: {kind}", size(count)) for kind, count in results["memory"].items()]
-    rows += [
-        ("time per step", f"{results['seconds_per_step']:.3g} s"),
-        ("weights moved", f"{100 * results['touched']:.2f} %"),
-        ("l2 distance moved", f"{results['l2_moved']:.4g}"),
+    top = f'<p class="verdict">{html.escape(verdict)}</p>' if verdict else ""
+    top += f'<p class="lead">{html.escape(lead)}</p>' if lead else ""
+    top += f'<div class="note">{paragraphs(notes)}</div>' if notes else ""
+    style, script = (resources.files(__package__).joinpath(name).read_text() for name in ("page.css", "page.js"))
+    return _PAGE.substitute(title=html.escape(title), style=style, top=top, body="\n".join(blocks), script=script)
+
+
+def section(title: str, *blocks: str) -> str:
+    """Blocks under a heading; nothing where they are empty."""
+    inner = "".join(blocks)
+    return f"<section><h2>{html.escape(title)}</h2>{inner}</section>" if inner else ""
+
+
+def paragraphs(lines: Sequence[str]) -> str:
+    """A paragraph for each line."""
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+
+
+def listing(lines: Sequence[str]) -> str:
+    """A list."""
+    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def code(lines: Sequence[str]) -> str:
+    """Lines to be copied."""
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+
+
+def table(rows: Sequence[Sequence[str]], words: bool = False) -> str:
+    """A table whose first row is its head; of words rather than numbers if told so."""
+    if len(rows) < 2:
+        return ""
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)
     ]
-    rows += retained_rows(results)
-    head = "" if settings["head_learning_rate"] is None else f" (head: {settings['head_learning_rate']:g})"
-    lead = (
-        f"{settings['model']} ({manifest['model']['parameters']:,} weights), {settings['task']} on "
-        f"{settings['train']}, {settings['optimizer']}, learning rate {settings['learning_rate']:g}{head}, "
-        f"seed {settings['seed']}, {results['steps']} steps."
+    return f'<div class="wide"><table{" class=words" if words else ""}>{"".join(lines)}</table></div>'
+
+
+def charts(drawn: Sequence[str]) -> str:
+    """Figures side by side where there is room."""
+    inner = "".join(figure for figure in drawn if figure)
+    return f'<div class="charts">{inner}</div>' if inner else ""
+
+
+def fold(title: str, *blocks: str) -> str:
+    """What is there for those who look for it."""
+    return f"<details><summary>{html.escape(title)}</summary>{''.join(blocks)}</details>"
+
+
+def confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Rows are what is right, columns what was said; darker is a larger share of the row."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    lines = []
+    for name, row in zip(names, counts, strict=True):
+        total = max(1, sum(row))
+        cells = "".join(
+            f'<td style="background: rgba(var(--heat), {0.6 * value / total:.2f})">{value:,}</td>' for value in row
+        )
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    return (
+        f'<div class="wide"><table><tr><th>right \\ said</th>{head}</tr>{"".join(lines)}</table></div>'
+        "<p>A row for each class that is right, a column for each that the model said.</p>"
     )
-    return render(f"finetune: {settings['task']}", lead, rows, charts.figures(lines, results["metric"]), manifest)
 
 
-def retained_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is left of what was to be retained, and how much that is less."""
-    rows = []
-    for label, found in results["retained"].items():
-        rows.append((f"{label}, after (before: {found['before']:.4g})", f"{found['after']:.4g}"))
-        rows.append((f"{label}, forgetting", f"{found['forgetting']:.4g}"))
-    return rows
+def setup(manifest: dict[str, Any]) -> str:
+    """How it was run, folded away."""
+    plain = {key: value for key, value in manifest.items() if key not in ("results", "details", "versions")}
+    parts = [f"<pre>{html.escape(json.dumps(_finite(plain), indent=2))}</pre>"]
+    if manifest.get("versions"):
+        rows = [("package", "version"), *sorted(manifest["versions"].items())]
+        parts.append(fold("Version of everything installed", table(rows, words=True)))
+    return fold("How it was run", *parts)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def render(
     title: str,
     lead: str,
-    rows: list[tuple[str, ...]],
-    drawn: list[Figure],
+    rows: Sequence[Sequence[str]],
+    drawn: Sequence[Any],
     manifest: dict[str, Any],
     foot: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    verdict: str = "",
 ) -> str:
-    """A page from its parts; the first row is the table's head, `foot` has a line each under the table."""
-    table = "".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)
-    )
-    return _PAGE.substitute(
-        title=html.escape(title),
-        style=STYLE,
-        lead=html.escape(lead),
-        table=f"<table>{table}</table>" + "".join(f"<p>{html.escape(line)}</p>" for line in foot),
-        figures="".join(f"<figure>{_svg(figure)}</figure>" for figure in drawn),
-        manifest=html.escape(json.dumps(manifest, indent=2)),
-    )
+    """A page of one table and its figures; `foot` has a line each under the table.
+
+    Args:
+        title: of the page.
+        lead: what was done.
+        rows: of the table, its head first.
+        drawn: matplotlib's figures, or charts that are HTML already.
+        manifest: shown under the rest.
+        foot: lines under the table.
+        notes: what must be known before the table is read.
+        verdict: what came of it, in a sentence.
+    """
+    figures = [item if isinstance(item, str) else f'<figure class="drawn">{_svg(item)}</figure>' for item in drawn]
+    blocks = [table(rows), paragraphs(foot), charts(figures), section("Setup", setup(manifest))]
+    return whole(title, verdict, blocks, notes, lead)
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Any) -> str:
+    import matplotlib
+
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text that can be searched and read aloud
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -1,0 +1,390 @@
+"""Rows from files: JSON, JSON lines, CSV, TSV, Excel, Parquet, text, arrays and folders of images."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from nanoadam.text import nearest
+
+PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DELIMITERS = (",", ";", "\t", "|")
+HEADER_WORDS = frozenset(
+    word
+    for words in (
+        "text sentence sentence1 sentence2 premise hypothesis question question1 question2 label labels target prompt",
+        "completion review id idx index instruction input output answer title score class",
+    )
+    for word in words.split()
+)
+"""First lines of tables are made of such words, rows are not."""
+
+_INT64 = range(-(2**63), 2**63)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How tables and texts are to be read.
+
+    Args:
+        columns: names for tables without a header.
+        delimiter: between the fields of a table; found by default.
+        encoding: of text; UTF-8, or UTF-16 with its mark, by default.
+    """
+
+    columns: tuple[str, ...] = ()
+    delimiter: str | None = None
+    encoding: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a file holds.
+
+    Args:
+        rows: the rows.
+        lines: for each row the line of the file that it begins at; None where row 1 is line 1 and so on, or where
+            there are no lines.
+        plain: whether it is running text, whose rows belong together in their order.
+    """
+
+    rows: Dataset
+    lines: Sequence[int] | None = None
+    plain: bool = False
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says how to read a file: ".csv" of "x.csv.gz"."""
+    name = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return name.suffix.lower()
+
+
+def read(path: Path, reading: Reading) -> Rows:
+    """All rows of a file.
+
+    Raises:
+        ValueError: for a format that is not known, or a file that is not what its name says; names the line.
+    """
+    suffix = format_of(path)
+    if suffix not in READERS:
+        raise ValueError(
+            f"{path} has an unknown format, {suffix or 'no suffix at all'}: give one of {', '.join(READERS)} (also "
+            f"packed: {', '.join(PACKED)})"
+        )
+    return READERS[suffix](path, reading)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def text_of(path: Path, encoding: str | None = None) -> str:
+    """The text of a file, unpacked.
+
+    Raises:
+        ValueError: if it is in another encoding, or no text.
+    """
+    opener = PACKED.get(path.suffix.lower())
+    try:
+        raw: bytes = path.read_bytes() if opener is None else opener(path).read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} cannot be unpacked: {error}") from error
+    chosen = encoding or ("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    try:
+        return raw.decode(chosen)
+    except LookupError as error:
+        raise ValueError(f"there is no encoding {encoding!r}: try utf-8, cp1252, latin-1, utf-16 or gb18030") from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        said = f"no {encoding} text" if encoding else "no UTF-8 text"
+        raise ValueError(
+            f"line {line} of {path} is {said} ({error.reason}): say which encoding it is, like --encoding cp1252"
+        ) from error
+
+
+# JSON -----------------------------------------------------------------------------------------------------
+
+
+def _jsonl(path: Path, reading: Reading) -> Rows:
+    return _json_lines(path, text_of(path, reading.encoding))
+
+
+def _json_lines(path: Path, text: str) -> Rows:
+    rows, lines = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is no JSON: {error.msg} at column {error.colno}") from error
+        except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
+            raise ValueError(f"line {number} of {path} cannot be read as JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {path} is no JSON object, but {type(row).__name__}")
+        rows.append(row)
+        lines.append(number)
+    return Rows(_dataset(path, rows, lines), lines)
+
+
+def _json(path: Path, reading: Reading) -> Rows:
+    text = text_of(path, reading.encoding)
+    if not text.strip():
+        return Rows(Dataset.from_list([]))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line
+            return _json_lines(path, text)
+        raise ValueError(f"line {error.lineno} of {path} is no JSON: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else [content]
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise ValueError(f"{path} must hold a list of objects, or one object a line")
+    return Rows(_dataset(path, content, None))
+
+
+def _dataset(path: Path, rows: list[dict[str, Any]], lines: Sequence[int] | None) -> Dataset:
+    """Rows as a table; every key of any row is a column."""
+    import pyarrow
+
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if any(isinstance(value, int) and value not in _INT64 for value in values):
+            values = [None if value is None else str(value) for value in values]  # an id that no integer type holds
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
+            raise ValueError(_what_is_wrong(path, name, values, lines, error)) from error
+    return Dataset(pyarrow.table(columns)) if columns else Dataset.from_list([])
+
+
+def _what_is_wrong(
+    path: Path, name: str, values: list[Any], lines: Sequence[int] | None, error: Exception
+) -> str:  # fmt: skip
+    def where(index: int) -> str:
+        return f"row {index + 1} of {path}" if lines is None else f"line {lines[index]} of {path}"
+
+    for index, value in enumerate(values):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return f"{where(index)} has half of a surrogate pair in {name!r}, which is no text: remove or mend it"
+    kinds = [None if value is None else _KINDS.get(type(value), "something else") for value in values]
+    first = next((kind for kind in kinds if kind is not None), None)
+    other = next((i for i, kind in enumerate(kinds) if kind not in (None, first)), None)
+    if other is None:
+        return f"{path} mixes types within the column {name!r}: {' '.join(str(error).split())[:150]}"
+    return (
+        f"{path} mixes types within a column: {where(other)} has {kinds[other]} in {name!r}, where rows before have "
+        f"{first}"
+    )
+
+
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+# Tables ---------------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path, reading: Reading) -> Rows:
+    text = text_of(path, reading.encoding)
+    return _table(path, text, reading.delimiter or _delimiter(text), csv.QUOTE_MINIMAL, reading.columns)
+
+
+def _tsv(path: Path, reading: Reading) -> Rows:
+    # GLUE's TSV files hold quotation marks that quote nothing.
+    return _table(path, text_of(path, reading.encoding), reading.delimiter or "\t", csv.QUOTE_NONE, reading.columns)
+
+
+def _delimiter(text: str) -> str:
+    """The one that cuts the first lines into the same number of fields, more than one; a comma if none does."""
+    for delimiter in DELIMITERS:
+        reader = csv.reader(io.StringIO(text[:100_000], newline=""), delimiter=delimiter)
+        try:
+            counts = {len(fields) for _, fields in zip(range(20), reader, strict=False) if fields}
+        except csv.Error:
+            continue
+        if len(counts) == 1 and counts != {1}:
+            return delimiter
+    head = text.partition("\n")[0]
+    return max(DELIMITERS, key=head.count) if any(d in head for d in DELIMITERS) else ","
+
+
+def _table(path: Path, text: str, delimiter: str, quoting: int, columns: Sequence[str]) -> Rows:
+    """Every field is text: what looks like a number may be a code, like 007."""
+    if len(delimiter) != 1:
+        raise ValueError(f"--delimiter must be one character, got {delimiter!r}")
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                rows.append(fields)
+                lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {line} of {path} cannot be read as a table: {error}") from error
+    if not rows:
+        return Rows(Dataset.from_list([]))
+    names = list(columns) if columns else _header(path, rows[0])
+    if not columns or _is_header(path, rows[0], columns):
+        del rows[0], lines[0]
+    for fields, number in zip(rows, lines, strict=True):
+        if fields == names and len(names) > 1:
+            raise ValueError(
+                f"line {number} of {path} names the columns again, as two tables in one file do: remove it"
+            )
+        if len(fields) != len(names):
+            raise ValueError(_ragged(path, number, len(fields), names, delimiter, bool(columns)))
+    values = {name: [row[i] or None for row in rows] for i, name in enumerate(names)}
+    return Rows(_texts(values), lines)
+
+
+def _texts(values: dict[str, list[str | None]]) -> Dataset:
+    import pyarrow
+
+    return Dataset(pyarrow.table({name: pyarrow.array(found, pyarrow.string()) for name, found in values.items()}))
+
+
+def _header(path: Path, fields: Sequence[str]) -> list[str]:
+    names = [field.strip() or f"unnamed {number}" for number, field in enumerate(fields, start=1)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} names the column {twice!r} twice: rename one, or name them with --columns")
+    return names
+
+
+def _is_header(path: Path, fields: Sequence[str], columns: Sequence[str]) -> bool:
+    """Whether the first line of a table whose columns are given names them itself.
+
+    Raises:
+        ValueError: if it seems to, by other names.
+    """
+    found = [field.strip().lower() for field in fields]
+    if found == [name.lower() for name in columns]:
+        return True
+    if len(set(found) & HEADER_WORDS) > 1 or (len(found) == 1 and found[0] in HEADER_WORDS):
+        raise ValueError(
+            f"the first line of {path} seems to name its columns ({', '.join(fields)}), but --columns names others "
+            f"({', '.join(columns)}): leave out --columns, or remove that line"
+        )
+    return False
+
+
+def _ragged(path: Path, line: int, count: int, names: Sequence[str], delimiter: str, given: bool) -> str:
+    if given and count > len(names):
+        return f"{path} has more columns than names ({', '.join(names)}): name all {count} with --columns"
+    if given:
+        return f"line {line} of {path} has {count} fields where --columns names {len(names)} ({', '.join(names)})"
+    return (
+        f"line {line} of {path} has {count} fields where its first line names {len(names)}: quote fields that hold "
+        f"{delimiter!r}, or name another with --delimiter"
+    )
+
+
+def _xlsx(path: Path, reading: Reading) -> Rows:
+    try:
+        import openpyxl
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path}: reading Excel files needs openpyxl: pip install openpyxl, or save as CSV") from error
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        found = [[_cell(value) for value in row] for row in book.worksheets[0].iter_rows(values_only=True)]
+    except Exception as error:  # whatever a zip file, its XML or the library has to say
+        raise ValueError(f"{path} cannot be read as an Excel file: {error}") from error
+    numbered = [(i, row) for i, row in enumerate(found, start=1) if any(row)]
+    if not numbered:
+        return Rows(Dataset.from_list([]))
+    first = ["" if value is None else value for value in numbered[0][1]]
+    names = list(reading.columns) or _header(path, first)
+    if not reading.columns or _is_header(path, first, reading.columns):
+        del numbered[0]
+    values = {name: [row[i] if i < len(row) else None for _, row in numbered] for i, name in enumerate(names)}
+    return Rows(_texts(values), [i for i, _ in numbered])
+
+
+def _cell(value: Any) -> str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if value is None or value == "" else str(value)
+
+
+def _parquet(path: Path, _: Reading) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return Rows(Dataset(parquet.read_table(path)))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from error
+
+
+# Text and images ------------------------------------------------------------------------------------------
+
+
+def _txt(path: Path, reading: Reading) -> Rows:
+    """A row for each paragraph, or for each line where no line is empty."""
+    text = text_of(path, reading.encoding).replace("\r\n", "\n")
+    mark = "\n\n" if "\n\n" in text.strip() else "\n"
+    parts, lines, line = [], [], 1
+    for part in text.split(mark):
+        if part.strip():
+            parts.append(part)
+            lines.append(line)
+        line += part.count("\n") + len(mark)
+    return Rows(_texts({"text": list(parts)}), lines, plain=True)
+
+
+def _npz(path: Path, _: Reading) -> Rows:
+    from nanoadam.finetuning.images import read_npz
+
+    return Rows(read_npz(path))
+
+
+READERS: dict[str, Callable[[Path, Reading], Rows]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".txt": _txt,
+    ".parquet": _parquet,
+    ".xlsx": _xlsx,
+    ".npz": _npz,
+}
+
+
+def missing(path: Path) -> ValueError:
+    """What to say of a file that is not there."""
+    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return ValueError(f"there is no file {path}{nearest(path.name, near)}")

@@ -1,0 +1,152 @@
+"""What there is to say of a run: as it begins, what it expects to take, what it came to, what is odd about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanoadam import memory as costs
+from nanoadam import param_groups
+from nanoadam.finetuning import optimizers
+from nanoadam.finetuning.job import Job
+from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, number
+from nanoadam.text import size
+
+FEW_ROWS = 200
+SHOWN = 10
+
+
+def beginning(job: Job) -> list[str]:
+    """The first lines of a run: what is read, and what will be done with it."""
+    config, about, task = job.config, job.task.description, job.task
+    train, validation = task.splits
+    lines = [f"Task: {config.task}, measured by {METRICS.get(task.metric, task.metric)}"]
+    learned = f"{len(train):,} rows to learn from" + (f", packed {about['packed']}" if "packed" in about else "")
+    share = f": {validation.source['split']}" if config.validation is None else f" of {validation.name}"
+    lines.append(f"Data: {train.name}, {learned}; {len(validation):,} to measure on{share}")
+    lines.append(f"Read: {_read(job)}")
+    if about.get("ignored"):
+        lines.append(f"Not read: {', '.join(about['ignored'][:SHOWN])}")
+    if "classes" in about:
+        lines.append(f"Classes: {_classes(about['classes'])}")
+    if "numbers" in about:
+        lines.append("Numbers: {least:.4g} to {most:.4g}, mean {mean:.4g}".format(**about["numbers"]))
+    lines += [
+        f"Note: {', '.join(map(repr, group))} are different classes here; do they mean the same?"
+        for group in about.get("alike", ())
+    ]
+    if "tokens" in about:
+        lines.append(f"Length: {about['tokens']['median']} tokens in the middle, {about['tokens']['most']} at most; "
+                     f"the model takes {about['most_tokens']}")  # fmt: skip
+    count = sum(p.numel() for p in task.model.parameters())
+    head = {"new": ", with a new head", "kept": ", with the head that it has"}.get(task.head, "")
+    lines.append(f"Model: {config.model}, {count:,} weights in {config.dtype}{head}")
+    lines.append(f"Optimizer: {_optimizer(job)}")
+    found = expected(job)
+    if found:
+        own, adamw = sum(found["own"].values()), sum(found["adamw"].values())
+        than = "" if config.optimizer == "adamw" else f", where AdamW's take {size(adamw)}"
+        lines.append(f"Memory: {size(own)} for weights, gradients and state{than} (by formula, without activations)")
+    plan, batch = job.plan, config.batch_size * config.accumulate
+    lines.append(f"Steps: {plan.total_steps:,} of {batch} rows, {plan.steps_per_epoch:,} an epoch")
+    return lines
+
+
+def _read(job: Job) -> str:
+    about = job.task.description
+    if "columns" in about:
+        *prompt, last = about["columns"]
+        what = f"{' and '.join(prompt)}, then {last}" if prompt else last
+        return f"{what}; the loss is {about['loss']}"
+    if "image" in about:
+        return f"images from {about['image']}, label from {about['label']}"
+    if "words" in about:
+        return f"words from {about['words']}, tags from {about['tags']}"
+    texts = about["text"]
+    return (
+        f"{' and '.join(texts)} as {'a pair of texts' if len(texts) > 1 else 'the text'}, {about['label']} as the label"
+    )
+
+
+def _classes(counts: dict[str, int]) -> str:
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN])
+    return shown + (f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else "")
+
+
+def _optimizer(job: Job) -> str:
+    config = job.config
+    name = optimizers.method(config.optimizer).title
+    if config.optimizer != "nanoadam":
+        return name
+    groups = param_groups(job.task.model)
+    total = sum(p.numel() for group in groups for p in group["params"])
+    selected = sum(p.numel() for group in groups if not group["dense"] for p in group["params"])
+    start, end = config.densities
+    share = f"{100 * start:g} %" + (f" falling to {100 * end:g} %" if end is not None and end < start else "")
+    return (
+        f"{name}, the {'smallest' if config.criterion == 'smallest' else config.criterion} {share} of "
+        f"{100 * selected / max(1, total):.3g} % of the weights; the rest (norms, biases, head) in full"
+    )
+
+
+def expected(job: Job) -> dict[str, dict[str, int]]:
+    """Bytes by kind, by formula, of this optimizer (`own`) and of AdamW; nothing where there is no formula."""
+    config = job.config
+    if config.optimizer not in costs.METHODS or config.optimizer == "lora":
+        return {}
+    own: dict[str, Any] = {}
+    if config.optimizer == "nanoadam":
+        own = {"density": max(share for share in config.densities if share is not None),
+               "state_dtype": config.state_dtype, "grad_dtype": config.grad_dtype,
+               "carried": config.moments == "carry"}  # fmt: skip
+    elif config.optimizer == "adamw":
+        own = {"state_dtype": config.dtype}
+    elif config.optimizer == "sgd":
+        own = {"momentum": bool(config.beta1)}
+    model: Any = job.task.model
+    try:
+        found = costs.estimate(config.optimizer, model=model, **own)
+        adamw = costs.estimate("adamw", model=model, state_dtype=config.dtype)
+    except ValueError:  # a model that the formulas do not cover
+        return {}
+    return {"own": _kinds(found), "adamw": _kinds(adamw)}
+
+
+def _kinds(cost: costs.Estimate) -> dict[str, int]:
+    return {"weights": cost.weights, "gradients": cost.gradients + cost.held + cost.transient, "state": cost.state}
+
+
+def measured(job: Job, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics at the end, before, and of the answer that is the same for all rows."""
+    evaluations = [line for line in lines if line["event"] == "evaluation"]
+    first: dict[str, float] = next((line["metrics"] for line in evaluations if line["step"] == 0), {})
+    return {
+        "metric": job.task.metric,
+        "higher_is_better": job.task.higher_is_better,
+        "steps": job.plan.total_steps,
+        "final": evaluations[-1]["metrics"],
+        "before": first,
+        "baseline": job.task.baseline(),
+    }
+
+
+def notes(job: Job, results: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+    """What is odd about a result, with what to try."""
+    found, metric, sign = [], results["metric"], 1 if results["higher_is_better"] else -1
+    final, rate = results["final"][metric], job.config.learning_rate or 0.0
+    level = results["baseline"].get(metric)
+    if level is not None and sign * final <= sign * level + 1e-12:
+        how = BASELINES.get(str(job.config.task), COMMONEST)
+        found.append(
+            f"{METRICS.get(metric, metric)} {number(final)} is no better than {how} ({number(level)}): nothing was "
+            f"learned that counts; try another rate (--learning-rate {3 * rate:.2g} or {rate / 3:.2g}), more epochs, "
+            "or look at the labels"
+        )
+    best = max((line for line in lines if line["event"] == "evaluation" and line["step"]),
+               key=lambda line: sign * line["metrics"][metric])  # fmt: skip
+    if sign * best["metrics"][metric] > sign * final and not job.config.best:
+        found.append(f"the best evaluation was at step {best['step']:,} ({number(best['metrics'][metric])}): --best "
+                     "keeps those weights")  # fmt: skip
+    rows = len(job.task.validation)
+    if rows < FEW_ROWS and job.config.task != "causal-lm":
+        found.append(f"the validation split has {rows} rows, so one row is {100 / rows:.2g} points of accuracy")
+    return found

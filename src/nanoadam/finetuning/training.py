@@ -1,0 +1,350 @@
+"""transformers' Trainer as a run needs it: whole checkpoints, its lines of metrics, the best weights, changed rates."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
+from nanoadam.finetuning import folders, optimizers
+from nanoadam.finetuning.folders import RunError
+from nanoadam.finetuning.job import Job
+from nanoadam.finetuning.patches import PatchCheckpoints
+
+CURE = "Try a lower learning rate, warm-up or max_grad_norm; --resume RUN --learning-rate 1e-5 goes on with another"
+
+BEST = "best.safetensors"
+"""The weights of the best evaluation so far, beside the checkpoints."""
+
+_CHECKPOINTING = next(  # its name changed within transformers 5
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in inspect.signature(TrainingArguments).parameters
+)
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with the newest of: step, total, loss, metric, memory; and with `about`, lines of text, as it begins."""
+
+
+class Diverged(RunError):
+    """The loss or a weight is no longer finite."""
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint in a folder."""
+    last: Any = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
+    return None if last is None else Path(last)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is of."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def broken_weight(model: nn.Module) -> str | None:
+    """The name of a weight that is not finite."""
+    return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+
+
+def arguments_for(job: Job, folder: Path, total_steps: int, **options: Any) -> TrainingArguments:
+    """What the Trainer is told, without logs, evaluations and checkpoints unless `options` say so."""
+    config = job.config
+    warmup = config.warmup * total_steps if config.warmup < 1 else min(config.warmup, total_steps)
+    chosen: dict[str, Any] = {
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size,
+        "gradient_accumulation_steps": config.accumulate,
+        "max_steps": total_steps,
+        "lr_scheduler_type": config.scheduler,
+        "warmup_steps": math.ceil(warmup),
+        "max_grad_norm": config.max_grad_norm or 0.0,
+        "label_smoothing_factor": config.label_smoothing,
+        "bf16": config.autocast == "bf16",
+        "fp16": config.autocast == "fp16",
+        _CHECKPOINTING: config.checkpoint_activations,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "seed": config.seed,
+        # Said also where there is nothing else: transformers refuses bf16 on a CPU that it found by itself.
+        "use_cpu": config.device == "cpu" or not torch.accelerator.is_available(),
+        "dataloader_pin_memory": config.device != "cpu" and torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "label_names": ["labels"],
+        "remove_unused_columns": not job.task.keeps_columns,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **{**chosen, **options})
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several would be DataParallel, and batch_size no longer the batch
+    return arguments
+
+
+def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] | None = None) -> RunTrainer:
+    """The Trainer of a run, with its callbacks.
+
+    Args:
+        job: what is trained.
+        out: the run folder.
+        metrics: writes metrics.jsonl.
+        changed: keys of the config that are others than when the run began.
+    """
+    config, task, plan = job.config, job.task, job.plan
+    arguments = arguments_for(
+        job, out / "checkpoints", plan.total_steps,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # it would hide a loss of NaN
+        logging_first_step=True,
+        eval_strategy="steps",
+        eval_steps=config.eval_every or plan.steps_per_epoch,
+        save_strategy="steps" if config.save_model else "no",
+        save_steps=config.save_every or plan.steps_per_epoch,
+    )  # fmt: skip
+    callbacks: list[TrainerCallback] = [Changed(job)] if changed else []  # before what compares options
+    if optimizers.by_nanoadam(config):
+        callbacks.append(NanoAdamCallback(config.log_touched))
+    if config.best:
+        callbacks.append(Best(out / "checkpoints", task.metric, task.higher_is_better))
+    trainer = RunTrainer.of(job, arguments, [*callbacks, metrics])
+    trainer.keep = config.keep_checkpoints
+    return trainer
+
+
+class RunTrainer(PatchCheckpoints, Trainer):
+    """Stops at a loss that is not finite, and writes checkpoints, or patches in them, whole or not at all."""
+
+    keep = 1
+    seen: EvalPrediction | None = None
+    _staging: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        arguments: TrainingArguments,
+        callbacks: list[TrainerCallback],
+        rows: Any = None,
+        held: Any = None,
+    ) -> RunTrainer:
+        """A Trainer of a job, by default on its rows; what it predicted last is kept in `seen`."""
+        task = job.task
+
+        def measure(prediction: EvalPrediction) -> dict[str, float]:
+            trainer.seen = prediction
+            return task.measure(prediction)
+
+        trainer = cls(
+            task.model,
+            arguments,
+            train_dataset=task.train if rows is None else rows,
+            eval_dataset=task.validation if held is None else held,
+            data_collator=task.collator,
+            compute_metrics=measure,
+            preprocess_logits_for_metrics=task.preprocess_logits,
+            optimizer_cls_and_kwargs=job.optimizer,
+            callbacks=callbacks,
+        )
+        if job.config.task != "causal-lm":
+            # Classifiers swallow the count of items and divide by nothing, so accumulated gradients would be a sum.
+            trainer.model_accepts_loss_kwargs = False
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One backward pass.
+
+        Raises:
+            Diverged: if its loss is not finite.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise Diverged(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {self.kept()}. {CURE}")
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of all gradients, a pass over them, where it is logged; the Trainer takes it at every step."""
+        step, arguments = self.state.global_step + 1, self.args
+        saved = arguments.save_strategy != "no" and step % arguments.save_steps == 0  # which is logged as well
+        logged = arguments.logging_strategy != "no" and step % arguments.logging_steps == 0
+        if grad_norm is None and not (saved or logged or step in (1, self.state.max_steps)):
+            return None
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+
+    def _checkpoints(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        last = last_checkpoint(self._checkpoints())
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        broken = broken_weight(model)
+        if broken is not None:
+            raise Diverged(f"the weight {broken} is not finite after step {step}: {self.kept()}. {CURE}")
+        final = self._checkpoints() / f"checkpoint-{step}"
+        self._staging = final.parent / ".writing"
+        try:
+            shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
+            super()._save_checkpoint(model, trial)
+            watcher = next((c for c in self.callback_handler.callbacks if isinstance(c, NanoAdamCallback)), None)
+            if watcher is not None and watcher.touched is not None:
+                watcher.touched.save(self._staging / final.name / TOUCHED)
+            folders.publish(self._staging / final.name, final)
+        except Exception as error:  # torch, safetensors and the system each have a kind of their own for a full disk
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise RunError(
+                f"the checkpoint of step {step} could not be written ({reason}); {self.kept()}. Make room on the "
+                "disk, then go on with --resume"
+            ) from error
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        rotate_checkpoints(str(final.parent), self.keep)
+
+
+class Metrics(TrainerCallback):
+    """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint."""
+
+    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress | None, own_head: bool) -> None:
+        self._path = path
+        self._own_head = own_head
+        self._progress = progress or (lambda _: None)
+        self._times: list[float] = []
+        self._clock = 0.0
+        self._memory: dict[str, int] = {}
+        done = -1 if checkpoint is None else step_of(checkpoint)
+        kept = [line for line in folders.read_lines(path) if line["step"] <= done]
+        folders.write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """The clock of a step starts."""
+        self._clock = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All gradients of the step are there."""
+        if not self._memory or (state.global_step + 1) % args.logging_steps == 0:
+            self._memory = memory_by_kind(kwargs["model"], unwrap(kwargs["optimizer"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of a step stops."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times.append(time.perf_counter() - self._clock)
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True  # the Trainer forgets on resuming what it has not logged
+        self._progress({"step": state.global_step, "total": state.max_steps})
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A line of metrics.jsonl."""
+        logs, line = kwargs["logs"], {"step": state.global_step, "epoch": state.epoch}
+        if "eval_loss" in logs:
+            names = [key for key in logs if key.startswith("eval_") and not key.endswith(_SPEEDS)]
+            line = {"event": "evaluation", **line, "metrics": {key.removeprefix("eval_"): logs[key] for key in names}}
+        elif "loss" in logs:
+            # At its largest: the gradients before the step, and the state after it, which a step may have enlarged.
+            self._memory["state"] = memory_by_kind(kwargs["model"], unwrap(kwargs["optimizer"]))["state"]
+            seconds = sum(self._times) / len(self._times)
+            values = {
+                key: logs[key] for key in ("loss", "grad_norm", "learning_rate", "density", "touched") if key in logs
+            }
+            if self._own_head:
+                rates, groups = kwargs["lr_scheduler"].get_last_lr(), unwrap(kwargs["optimizer"]).param_groups
+                values["head_learning_rate"] = next(
+                    float(rate) for rate, group in zip(rates, groups, strict=True) if group["role"] == "head"
+                )
+            line = {"event": "train", **line, **values, "seconds_per_step": seconds, "memory": dict(self._memory)}
+            self._times = []
+        else:
+            return
+        folders.append(self._path, line)
+        self._progress({"total": state.max_steps, **line})
+
+
+_SPEEDS = ("_runtime", "_per_second", "_preparation_time")
+
+
+class Best(TrainerCallback):
+    """Keeps the weights of the best evaluation on the disk."""
+
+    def __init__(self, folder: Path, metric: str, higher_is_better: bool) -> None:
+        self._path = folder / BEST
+        self._metric, self._sign = metric, 1 if higher_is_better else -1
+        self._best = -math.inf
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that goes on knows what was best until then."""
+        for entry in state.log_history:
+            if f"eval_{self._metric}" in entry:
+                self._best = max(self._best, self._sign * entry[f"eval_{self._metric}"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write them if they are better than any before."""
+        merit = self._sign * kwargs["metrics"].get(f"eval_{self._metric}", math.nan)
+        if state.global_step and merit > self._best:
+            self._best = merit
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(".partial")
+            save_file(_trained(kwargs["model"]), str(temporary), {"step": str(state.global_step)})
+            temporary.replace(self._path)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Weights that training changes, and statistics, by name."""
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict()
+    buffers = {name: b.contiguous() for name, b in model.named_buffers() if name in state}
+    return {**weights, **buffers}
+
+
+def put_best(model: nn.Module, folder: Path) -> bool:
+    """Give a model the best weights; whether there were any."""
+    path = folder / BEST
+    if not path.is_file():
+        return False
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, value in load_file(path).items():
+            now[name].copy_(value)
+    return True
+
+
+class Changed(TrainerCallback):
+    """Gives an optimizer that was resumed the rates, decay and eps of a config that was changed meanwhile."""
+
+    def __init__(self, job: Job) -> None:
+        self._config = job.config
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the checkpoint was loaded, before the first step."""
+        config, scheduler = self._config, kwargs["lr_scheduler"]
+        groups = unwrap(kwargs["optimizer"]).param_groups
+        now = []
+        for i, group in enumerate(groups):
+            own = config.head_learning_rate if group.get("role") == "head" else None
+            rate = own if own is not None else config.learning_rate
+            if rate is not None:
+                factor = scheduler.lr_lambdas[i](scheduler.last_epoch) if hasattr(scheduler, "lr_lambdas") else 1.0
+                scheduler.base_lrs[i] = group["initial_lr"] = rate
+                group["lr"] = rate * factor
+            group["eps"] = config.eps if "eps" in group else group.get("eps")
+            if group.get("weight_decay"):
+                group["weight_decay"] = config.weight_decay
+            now.append(float(group["lr"]))
+        scheduler._last_lr = now
