@@ -56,6 +56,17 @@ def test_trl_sft(capsys: pytest.CaptureFixture[str]) -> None:
     assert found[-1] < 0.1 * found[0]
 
 
+@pytest.mark.slow
+def test_rl_sync(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    out = run("rl_sync.py", capsys)
+    rewards = [float(line.split("reward ")[1]) for line in out.splitlines() if "reward " in line]
+    assert rewards[-1] > rewards[0] + 0.2
+    assert rewards[-1] > 0.9
+    assert "each rollout had the weights of its step: True" in out
+
+
 def test_trl_dpo(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("datasets")
     pytest.importorskip("trl")
@@ -73,6 +84,7 @@ def test_lightning_module(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_example_is_left_out() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == {
-        "accelerate_loop.py", "lightning_module.py", "peft_lora.py", "plain_loop.py", "trainer.py", "trl_dpo.py",
+        "accelerate_loop.py", "lightning_module.py", "peft_lora.py", "plain_loop.py", "rl_sync.py", "trainer.py",
+        "trl_dpo.py",
         "trl_sft.py",
     }  # fmt: skip

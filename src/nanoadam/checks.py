@@ -21,7 +21,7 @@ if torch.distributed.is_available():
 
     _SHARDED = (DTensor,)
 
-FIXED = ("dense", "state_dtype", "capturable")
+FIXED = ("dense", "state_dtype", "capturable", "granularity", "transposed")
 """Options that state is made by: they stay what they are."""
 
 WATCHED = (
@@ -37,6 +37,7 @@ _warned: list[bool] = []
 
 CRITERIA = ("smallest", "largest", "random", "gradient")
 MOMENTS = ("carry", "reset")
+GRANULARITIES = ("weight", "column")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.bfloat16, torch.float32)
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,10 +114,10 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         interval = interval.mask_interval
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f"mask_interval must be a whole number of at least 1, got {interval!r} for {where}")
-    for name in ("keep_zeros", "stochastic_rounding", "maximize", "capturable", "dense"):
+    for name in ("keep_zeros", "stochastic_rounding", "maximize", "capturable", "dense", "transposed"):
         if not isinstance(options[name], bool):
             raise TypeError(f"{name} must be True or False, got {options[name]!r} for {where}")
-    for name, choices in (("criterion", CRITERIA), ("moments", MOMENTS)):
+    for name, choices in (("criterion", CRITERIA), ("moments", MOMENTS), ("granularity", GRANULARITIES)):
         if options[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {options[name]!r} for {where}")
     for name, dtypes in (("state_dtype", STATE_DTYPES), ("grad_dtype", GRAD_DTYPES)):
@@ -225,10 +226,10 @@ def warn_of_unsorted(groups: Sequence[Mapping[str, Any]]) -> None:
 def check_parameter_state(name: str, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter's state does not fit it."""
     lay = saved_layout(parameter, group)
-    each: tuple[int, ...] = tuple(parameter.shape) if lay is None else (lay.selected,)
+    each: tuple[int, ...] = tuple(parameter.shape) if lay is None else lay.shape
     expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": each, "exp_avg_sq": each}
     if lay is not None:
-        expected |= {"index": each, "entry_step": each}
+        expected |= {"index": (lay.places,), "entry_step": (lay.places,)}
     got = {part: tuple(state[part].shape) if part in state else None for part in expected}
     one = {**expected, "entry_step": (1,)}  # where moments are reset, all have entered together
     if got not in (expected, one):

@@ -1,4 +1,4 @@
-"""How a weight tensor is cut into chunks, and how many weights each chunk keeps.
+"""How a weight tensor is cut into chunks, and how many weights each chunk keeps; or how many of its columns are kept.
 
 Everything here follows from the shape (and the density) alone, so two processes, two devices and two runs
 that hold the same tensor always agree. Source: Algorithm 1 of the paper cuts each tensor into chunks and
@@ -70,6 +70,16 @@ class Layout:
         return self.lines * self.kept_per_line
 
     @property
+    def places(self) -> int:
+        """Numbers that say which they are."""
+        return self.selected
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of moments and gradients of the selected weights."""
+        return (self.selected,)
+
+    @property
     def numel(self) -> int:
         """Weights in the tensor."""
         return self.lines * self.line
@@ -121,3 +131,72 @@ def nanoadam_state(selected: int, dense: int, state_bytes: int = 2, *, carried: 
         carried: whether moments are carried over at a refresh (`moments="carry"`, the optimizer's default).
     """
     return selected * (INDEX_BYTES + ENTRY_BYTES * carried + 2 * state_bytes) + dense * 2 * state_bytes
+
+
+@dataclass(frozen=True)
+class ColumnLayout:
+    """Whole input columns of a linear layer's weight, as one chunk of `columns` candidates of `outputs` weights each.
+
+    What belongs to the selected weights is stored column after column: [keep, outputs].
+    """
+
+    outputs: int
+    columns: int
+    keep: int
+    transposed: bool = False
+    """The weight is stored [columns, outputs], as transformers' Conv1D does, and not [outputs, columns]."""
+
+    @property
+    def selected(self) -> int:
+        """Selected weights in the tensor."""
+        return self.keep * self.outputs
+
+    @property
+    def places(self) -> int:
+        """Numbers that say which they are."""
+        return self.keep
+
+    @property
+    def numel(self) -> int:
+        """Weights in the tensor."""
+        return self.columns * self.outputs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of moments and gradients of the selected weights."""
+        return self.keep, self.outputs
+
+    @property
+    def input_dim(self) -> int:
+        """The weight's dimension that counts columns."""
+        return 0 if self.transposed else 1
+
+
+def column_layout(shape: Sequence[int], density: float, *, transposed: bool = False) -> ColumnLayout:
+    """The columns of a weight of two dimensions, of which the share `density` is kept, at least one.
+
+    Raises:
+        ValueError: for another number of dimensions, an empty one, or a density outside (0, 1].
+    """
+    if len(shape) != 2 or math.prod(shape) == 0:
+        raise ValueError(f"a tensor of shape {tuple(shape)} has no columns to select: select its weights one by one")
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must be in (0, 1], got {density}")
+    columns, outputs = shape if transposed else (shape[1], shape[0])
+    return ColumnLayout(outputs, columns, keep_count(columns, density), transposed)
+
+
+AnyLayout = Layout | ColumnLayout
+"""How a tensor is selected from: weight by weight, or by whole columns."""
+
+
+def state_bytes(layout: AnyLayout, moment: int, *, carried: bool = True) -> int:
+    """Bytes of NanoAdam's state for one tensor, its step count aside.
+
+    Args:
+        moment: bytes of one moment.
+        carried: whether moments are carried over at a refresh, which takes the step at which each weight or column
+            entered.
+    """
+    index = 4 if isinstance(layout, ColumnLayout) else INDEX_BYTES
+    return 2 * moment * layout.selected + layout.places * (index + ENTRY_BYTES * carried)

@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nanoadam import chunks, text
+from nanoadam import chunks, columns, slots, text
 
 Override: TypeAlias = "str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool]"
 """One way to name tensors: an fnmatch pattern on parameter or module names, a module, a module type, a predicate."""
@@ -60,7 +60,13 @@ _HEAD_GROUP_OF = {  # the same, where the head has a learning rate of its own
     (False, False): "head norms and biases",
     (True, False): "selected head norms and biases",
 }
-_GROUP_ORDER = tuple(dict.fromkeys(("weights", "head", *_GROUP_OF.values(), *_HEAD_GROUP_OF.values())))
+_BY_COLUMN = ", by column"
+_TRANSPOSED = ", transposed"
+_GROUP_ORDER = tuple(
+    kind + more
+    for kind in dict.fromkeys(("weights", "head", *_GROUP_OF.values(), *_HEAD_GROUP_OF.values()))
+    for more in (_BY_COLUMN, _BY_COLUMN + _TRANSPOSED, "")
+)
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -74,6 +80,8 @@ class ParamGroups(list[dict[str, Any]]):
         """Names of the parameters without weights."""
         self.tied: dict[str, list[str]] = {}
         """The name under which a shared parameter is listed, with its other names."""
+        self.whole: list[str] = []
+        """Weights selected from by column whose layer has a forward of its own, which makes their whole gradient."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ def param_groups(
     dense: Overrides = (),
     selected: Overrides = (),
     head_lr: float | None = None,
+    granularity: str = "weight",
 ) -> ParamGroups:
     """Parameter groups for `NanoAdam` (or any torch optimizer): what is selected from, and what is dense.
 
@@ -117,6 +126,8 @@ def param_groups(
         head_lr: the learning rate of the head, its biases and norms included, in groups of their own that carry it
             as `lr`; None: that of the rest. An output tied to the embeddings is no head, nor are adapters in one.
             Schedulers scale each group's own rate.
+        granularity: "column" selects whole input columns of linear layers' weights, in groups of their own that carry
+            it; all others are selected from by weight.
 
     Returns:
         One dict per kind of treatment, usually three, four with `head_lr`, in `named_parameters` order within:
@@ -137,6 +148,8 @@ def param_groups(
     if not weight_decay >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     check_head_lr(head_lr)
+    if granularity not in ("weight", "column"):
+        raise ValueError(f"granularity must be 'weight' or 'column', got {granularity!r}")
     model = _unwrap(model)
     entries = _entries(model)
     for entry in entries:
@@ -171,6 +184,12 @@ def param_groups(
             choose = parameter.dim() >= 2
         own_rate = id(parameter) in apart
         kind = (_HEAD_GROUP_OF if own_rate or (role == "head" and not choose) else _GROUP_OF)[choose, decayed]
+        dims = {columns.input_dim(owner) for owner in entry.owners} - {None}
+        by_column = choose and granularity == "column" and len(dims) == 1 and role in ("matrix", "head")
+        if by_column:
+            kind += _BY_COLUMN + _TRANSPOSED * (dims == {0})
+            if not all(map(columns.can_serve, entry.owners)):
+                found.whole.append(entry.name)
         group = groups.setdefault(
             kind,
             {
@@ -181,6 +200,7 @@ def param_groups(
                 "dense": not choose,
                 "weight_decay": weight_decay if decayed else 0.0,
                 **({"lr": head_lr} if own_rate else {}),
+                **({"granularity": "column", "transposed": dims == {0}} if by_column else {}),
             },
         )
         group["params"].append(parameter)
@@ -454,7 +474,12 @@ def _no_match(entries: list[_Entry], override: str | nn.Module | type, option: s
 
 # Describe ------------------------------------------------------------------------------------------------
 
-_UNNAMED = (None, "weights", "norms and biases")  # groups of too many parameters to be worth naming
+_UNNAMED = (
+    None,
+    "weights",
+    "weights" + _BY_COLUMN,
+    "norms and biases",
+)  # groups of too many parameters to be worth naming
 
 
 def describe(
@@ -490,6 +515,8 @@ def describe(
     notes = [f"{group['role']}: {_few(group['param_names'])}" for group in groups if group.get("role") not in _UNNAMED]
     notes += _rate_of_head(groups)
     if isinstance(groups, ParamGroups):
+        if groups.whole:
+            notes.append(f"made whole in backward, by a forward of their own: {_few(groups.whole)}")
         if groups.tied:
             notes.append("tied: " + _few([" = ".join([name, *others]) for name, others in groups.tied.items()]))
         if groups.frozen:
@@ -506,14 +533,20 @@ def _costs(group: dict[str, Any]) -> list[tuple[tuple[str, str, str], list[int]]
     for parameter, role in zip(group["params"], group.get("roles") or ["any"] * len(group["params"]), strict=True):
         size, width = parameter.numel(), parameter.element_size()
         dense = group.get("dense", False) or parameter.dim() < 2 or size == 0
-        kept = 0 if dense else chunks.layout(parameter.shape, share).selected
-        labels = (group.get("role", "group"), role, "dense AdamW" if dense else f"selected from, {100 * share:g} %")
+        layout = (
+            None
+            if dense
+            else slots.layout_of(parameter, {"granularity": "weight", "transposed": False, **group}, share)
+        )
+        by = "columns" if isinstance(layout, chunks.ColumnLayout) else "selected from"
+        labels = (group.get("role", "group"), role, "dense AdamW" if layout is None else f"{by}, {100 * share:g} %")
         row = rows.setdefault(labels, [0] * 5)
         row[0] += 1
         row[1] += size
         carried = group.get("moments", "carry") == "carry"
-        row[2] += chunks.nanoadam_state(kept, size if dense else 0, group["state_dtype"].itemsize, carried=carried)
-        row[3] += size * width if dense else kept * group["grad_dtype"].itemsize
+        moment = group["state_dtype"].itemsize
+        row[2] += 2 * moment * size if layout is None else chunks.state_bytes(layout, moment, carried=carried)
+        row[3] += size * width if layout is None else layout.selected * group["grad_dtype"].itemsize
         row[4] += 3 * size * width
     return list(rows.items())
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from nanoadam import checks
-from nanoadam.chunks import layout
+from nanoadam import checks, columns
+from nanoadam.chunks import ColumnLayout
 from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
-from nanoadam.slots import by_device, empty, make_slot
+from nanoadam.slots import by_device, empty, layout_of, make_slot
 
 
 class NanoAdam(Optimizer):
@@ -52,6 +52,8 @@ class NanoAdam(Optimizer):
         keep_zeros: never select weights that are exactly zero, so that pruned models stay pruned.
         state_dtype: of the moments, torch.bfloat16 or torch.float32.
         stochastic_rounding: of bfloat16 moments and bfloat16 weights; otherwise to nearest.
+        granularity: "weight", or "column": whole input columns of tensors of two dimensions, those of least L2 norm;
+            other tensors are selected from by weight. The backward of an `nn.Linear` then computes these columns only.
         seed: of the random bits, which depend on it, the step, the tensor and the position alone.
         gradient_release: cut gradients down to their selected entries during backward; otherwise `p.grad` stays dense.
         grad_dtype: of the entries in `p.grad`. The gradient's own dtype loses nothing where each step has one backward.
@@ -85,6 +87,7 @@ class NanoAdam(Optimizer):
         state_dtype: torch.dtype = torch.bfloat16,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        granularity: str = "weight",
         gradient_release: bool = True,
         grad_dtype: torch.dtype = torch.float32,
         maximize: bool = False,
@@ -110,6 +113,8 @@ class NanoAdam(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "dense": False,
+            "granularity": granularity,
+            "transposed": False,  # weights are stored [inputs, outputs]
             "steps": 0,  # calls of step() so far
             "refreshed_at": -1,  # the step that the present selection was made for
             "active_density": None,  # and the density it was made with
@@ -165,7 +170,7 @@ class NanoAdam(Optimizer):
         ordinal = 0
         for i, group in enumerate(self.param_groups):
             members: tuple[list[Slot], list[Slot]] = ([], [])
-            for parameter, name in zip(group["params"], checks.names(group, i), strict=True):
+            for j, (parameter, name) in enumerate(zip(group["params"], checks.names(group, i), strict=True)):
                 ordinal += 1
                 self._group_of[parameter] = i
                 trained = parameter.requires_grad and parameter.numel() > 0
@@ -185,8 +190,19 @@ class NanoAdam(Optimizer):
                 members[slot.selection is None].append(slot)
                 if trained and slot.selection is not None:
                     self._release.hold(parameter)
+                embedding = j < len(group.get("roles", ())) and group["roles"][j] == "embedding"
+                wanted = trained and self._releases(i) and slot.selection is not None
+                wanted = wanted and parameter.dim() == 2 and (embedding or isinstance(slot.layout, ColumnLayout))
+                if wanted and slot.served is None:
+                    slot.served = columns.serve(parameter, slot, self, group["grad_dtype"], group["keep_zeros"])
+                elif not wanted and slot.served is not None:
+                    columns.leave(parameter)
+                    slot.served = None
             self._members.append(members)
-        self._release.let_go([parameter for parameter in known if parameter not in self._group_of])
+        gone = [parameter for parameter in known if parameter not in self._group_of]
+        self._release.let_go(gone)
+        for parameter in gone:
+            columns.leave(parameter)
         self._seen = self._present()
 
     def _present(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -245,14 +261,39 @@ class NanoAdam(Optimizer):
             self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
         for i, group in enumerate(self.param_groups):
             self._update(i, inverse)
+            compiled = [s for s in self._members[i][0] if s.served is not None and s.forward_in < s.arrived_in]
             group["steps"] += 1
+            if compiled:  # their layers ask nobody before they compute: the coming step's selection is made now
+                self._refresh(i, compiled, overdue=any(slot.overdue for slot in compiled))
         return loss
 
-    def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
-        """The first gradient of a tensor in this step: its selection, which stands until the step is made.
+    def _open(self, slot: Slot, slots: Sequence[Slot]) -> None:
+        """Select for the present step if that is due: for these slots of a group, which wait for it together.
 
-        A second first gradient means that the one before was thrown away: weights may have changed since.
+        If a first gradient has arrived already in this step, it was thrown away since: weights may have changed.
         """
+        i = self._group_of[slot.weight]
+        t = self.param_groups[i]["steps"]
+        if slot.arrived_in == t:
+            for other in slots:
+                other.selected_for = other.arrived_in = -1
+        if slot.selected_for != t:
+            self._refresh(i, [other for other in slots if other.selected_for != t])
+
+    @torch.no_grad()
+    def _before_forward(self, slot: Slot) -> None:
+        """A layer is about to compute with the columns of a slot, or with those of another that shares its weight."""
+        weight, group = slot.weight, self.param_groups[self._group_of.get(slot.weight, 0)]
+        if slot.selected_for != group["steps"] or (slot.arrived_in == group["steps"] and is_zeroed(weight.grad)):
+            self._follow()
+            if weight not in self._slots:
+                return
+            slot, i = self._slots[weight], self._group_of[weight]
+            self._open(slot, [other for other in self._members[i][0] if other.served is not None])
+        slot.forward_in = self.param_groups[self._group_of[weight]]["steps"]
+
+    def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
+        """The first gradient of a tensor in this step: its selection, which stands until the step is made."""
         slot = self._slots.get(parameter)
         groups = len(self.param_groups) == len(self._members)
         if slot is None or not groups or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
@@ -262,19 +303,20 @@ class NanoAdam(Optimizer):
             return None
         checks.check_gradient(slot.name, gradient)
         by_device([slot])
-        group, selected = self.param_groups[i], self._members[i][0]
-        t = group["steps"]
-        waiting = [other for other in selected if other is slot or is_zeroed(other.weight.grad)]
-        if slot.arrived_in == t:
-            for other in waiting:
-                other.selected_for = other.arrived_in = -1
-        slot.arrived_in = t
-        if slot.selected_for != t:
-            self._refresh(i, [other for other in waiting if other.selected_for != t])
+        group = self.param_groups[i]
+        if _asks_before_forward(slot):
+            if type(gradient) is not SelectedGradient and not isinstance(slot.layout, ColumnLayout):
+                slot.served.in_vain = True
+            if slot.selected_for != group["steps"]:  # by a compiled layer, which asked nobody
+                slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
+        else:
+            waiting = [other for other in self._members[i][0] if other is slot or is_zeroed(other.weight.grad)]
+            self._open(slot, [other for other in waiting if not _asks_before_forward(other)])
+        slot.arrived_in = group["steps"]
         return slot, group["grad_dtype"]
 
-    def _refresh(self, i: int, slots: Sequence[Slot]) -> None:
-        """Lines 1 and 2 of Algorithm 1: select for the present step, where that is due."""
+    def _refresh(self, i: int, slots: Sequence[Slot], *, overdue: bool = False) -> None:
+        """Lines 1 and 2 of Algorithm 1: select for the present step, where that is due or `overdue`."""
         group = self.param_groups[i]
         t = group["steps"]
         due, without = self._is_due(group), []
@@ -287,11 +329,11 @@ class NanoAdam(Optimizer):
             slot.selected_for = t
         if due:
             group["active_density"], group["refreshed_at"] = _density(group, t), t
-            without = [s for s in without if s.layout != layout(s.weight.shape, group["active_density"])]
+            without = [s for s in without if s.layout != layout_of(s.weight, group, group["active_density"])]
             self._leave([*slots, *without])
             for slot in without:
                 empty(slot, group)
-        else:
+        elif not overdue:
             slots = [slot for slot in slots if slot.unselected]  # unfrozen since the last refresh
         gradients = [_kept(slot, group) for slot in slots]
         self._select(slots, group)
@@ -320,11 +362,13 @@ class NanoAdam(Optimizer):
             gradients = None
             if rule.criterion == "gradient":
                 gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]
-            layouts = [layout(slot.weight.shape, _density(group, rule.step)) for slot in members]
+            layouts = [layout_of(slot.weight, group, _density(group, rule.step)) for slot in members]
             backend(device).select(members, layouts, rule, gradients)
             for slot in members:
-                slot.unselected = False
+                slot.unselected = slot.overdue = False
                 slot.version += 1
+                if slot.served is not None:
+                    slot.served.renew()
 
     def _keep(self, slot: Slot, box: Box, before: Box) -> None:
         """A gradient that was kept over a refresh: what it has for weights that stay. Newcomers have none."""
@@ -366,7 +410,7 @@ class NanoAdam(Optimizer):
                 dense.append(i)
                 self._release.hold(slot.weight)  # if swap_tensors has taken the hook away
         for device, members, places in by_device([slots[i] for i in dense], dense):
-            found = [torch.empty(slot.layout.selected, dtype=dtype, device=device) for slot in members]
+            found = [torch.empty(slot.layout.shape, dtype=dtype, device=device) for slot in members]
             gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
             backend(device).gather(members, gradients, found, [False] * len(found))
             for i, values in zip(places, found, strict=True):
@@ -415,6 +459,7 @@ class NanoAdam(Optimizer):
                 stochastic_rounding=group["stochastic_rounding"],
                 key=seed_key(group["seed"]),
                 grad_scale=grad_scale,
+                keep_zeros=group["keep_zeros"],
                 capturable=group["capturable"],
             )
             for device, members, theirs in by_device(selected, entries):
@@ -464,8 +509,8 @@ class NanoAdam(Optimizer):
     def release(self, enabled: bool = True) -> None:
         """Switch gradient release on or off, at any time. Switched off, gradients so far become dense in `p.grad`."""
         self.gradient_release = enabled
+        self._make_slots()
         if enabled:
-            self._make_slots()
             return
         self._release.flush()
         for slot in self._slots.values():
@@ -487,7 +532,19 @@ class NanoAdam(Optimizer):
             return torch.empty(0, dtype=torch.int64, device=parameter.device)
         if slot.selection is None:
             return None
-        return reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0]
+        return reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0].view(-1).sort().values
+
+    def columns(self, parameter: Tensor) -> Tensor | None:
+        """The columns that the last update moved: int64, ascending; None where whole columns are not selected.
+
+        Raises:
+            ValueError: if the parameter is not one of this optimizer.
+        """
+        self._check_member(parameter)
+        slot = self._slots.get(parameter)
+        if slot is None or slot.selection is None or not isinstance(slot.layout, ColumnLayout):
+            return None
+        return slot.selection.index[slot.selection.index >= 0].long()
 
     def register_selection_pre_hook(self, hook: Callable[[NanoAdam, list[Tensor]], None]) -> RemovableHandle:
         """Have `hook(optimizer, parameters)` called before the selections of these parameters are replaced.
@@ -533,7 +590,9 @@ class NanoAdam(Optimizer):
             slot = Slot(parameter, nothing, slot.ordinal)
             self._select([slot], group)
         assert slot.selection is not None
-        return reference.mask(slot.selection, parameter.shape)
+        chosen = reference.mask(slot.selection, parameter.shape)
+        columns = isinstance(slot.layout, ColumnLayout)
+        return chosen & (parameter != 0) if columns and group["keep_zeros"] else chosen
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -649,6 +708,11 @@ class NanoAdam(Optimizer):
 def _density(group: Mapping[str, Any], step: int) -> float:
     density = group["density"]
     return density(step) if isinstance(density, Schedule) else float(density)
+
+
+def _asks_before_forward(slot: Slot) -> bool:
+    """Whether its layer computes with the columns that are selected, so that gradients come for those."""
+    return slot.served is not None and slot.served.leaf is not None
 
 
 def _as_dense(gradient: Tensor) -> Tensor:

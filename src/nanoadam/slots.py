@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoadam.chunks import Layout, layout
+from nanoadam.chunks import AnyLayout, ColumnLayout, column_layout, layout
 from nanoadam.ops import Selection, Slot
 
 
@@ -43,11 +43,12 @@ def _follow(slot: Slot, device: torch.device) -> None:
 
 def empty(slot: Slot, group: Mapping[str, Any]) -> None:
     """Nothing selected, at the present density, and no moments."""
-    lay = layout(slot.weight.shape, group["active_density"])
-    device, dtype, count = slot.weight.device, group["state_dtype"], lay.selected
-    state = {name: torch.zeros(count, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
-    state["index"] = torch.full((count,), -1, dtype=torch.int16, device=device)
-    own_ages = count if group["moments"] == "carry" else 1
+    lay = layout_of(slot.weight, group, group["active_density"])
+    device, dtype = slot.weight.device, group["state_dtype"]
+    state = {name: torch.zeros(lay.shape, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
+    numbers = torch.int32 if isinstance(lay, ColumnLayout) else torch.int16
+    state["index"] = torch.full((lay.places,), -1, dtype=numbers, device=device)
+    own_ages = lay.places if group["moments"] == "carry" else 1
     state["entry_step"] = torch.zeros(own_ages, dtype=torch.int16, device=device)
     slot.take(state, lay, in_place=False)
     slot.unselected = True
@@ -59,9 +60,16 @@ def is_dense(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     return bool(group["dense"]) or parameter.dim() < 2
 
 
-def saved_layout(parameter: Tensor, group: Mapping[str, Any]) -> Layout | None:
+def layout_of(parameter: Tensor, group: Mapping[str, Any], density: float) -> AnyLayout:
+    """How a tensor of a group is selected from at some density: by columns where it has two dimensions."""
+    if group["granularity"] == "column" and parameter.dim() == 2:
+        return column_layout(parameter.shape, density, transposed=group["transposed"])
+    return layout(parameter.shape, density)
+
+
+def saved_layout(parameter: Tensor, group: Mapping[str, Any]) -> AnyLayout | None:
     """The layout that a parameter's state has; None for a dense one."""
-    return None if is_dense(parameter, group) else layout(parameter.shape, group["active_density"])
+    return None if is_dense(parameter, group) else layout_of(parameter, group, group["active_density"])
 
 
 def make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:

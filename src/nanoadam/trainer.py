@@ -31,11 +31,12 @@ class TrainerFactory:
         dense: Overrides = (),
         selected: Overrides = (),
         head_lr: float | None = None,
+        granularity: str = "weight",
         **options: Any,
     ) -> NanoAdam:
         """NanoAdam on `param_groups(model)`."""
-        groups = param_groups(model, weight_decay=weight_decay, dense=dense, selected=selected, head_lr=head_lr)
-        return NanoAdam(groups, **options)
+        sorting: dict[str, Any] = {"weight_decay": weight_decay, "dense": dense, "selected": selected}
+        return NanoAdam(param_groups(model, **sorting, head_lr=head_lr, granularity=granularity), **options)
 
 
 def for_trainer(

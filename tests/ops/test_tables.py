@@ -39,7 +39,8 @@ def test_a_selection_finds_state_that_was_replaced_in_part(device, monkeypatch):
 
 
 def test_a_captured_graph_has_tables_of_its_own(device, monkeypatch):
-    from nanoadam.ops import tables, triton
+    from nanoadam.ops import launches as triton
+    from nanoadam.ops import tables
 
     def capture(opt):
         before = {id(slot): dict(slot.cache) for slot in opt._slots.values()}
@@ -61,7 +62,7 @@ def test_a_captured_graph_has_tables_of_its_own(device, monkeypatch):
         launches = [kept for kept in triton.captured if isinstance(kept, list)]
         assert len(launches) == 2
         assert not any(launch.table is old.table for own in launches for launch in own for old in eager)
-        cached = triton._corrections(0.9, 0.999, next(iter(opt.state)).device)  # which may be thrown out of its cache
+        cached = triton.corrections_of(0.9, 0.999, next(iter(opt.state)).device)  # which may be thrown out of its cache
         assert any(kept is cached for kept in triton.captured)
         monkeypatch.setattr(triton, "capturing", tables.capturing)
 

@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     print(f"nanoadam: the command needs {missing.name}: pip install 'nanoadam[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from nanoadam.cli import analyze, bench, compare, demo, finetune, memory, predict, reproduce  # they need typer
+from nanoadam.cli import analyze, bench, compare, delta, demo, finetune, memory, predict, reproduce  # they need typer
 from nanoadam.cli.help import Command
 from nanoadam.cli.options import EXTRAS
 
@@ -106,3 +106,4 @@ for _command, _words, _example in (
     (bench.bench, "Each optimizer alone: memory and time of a step.", bench.EXAMPLE),
 ):
     app.command(epilog=_example, short_help=_words, cls=Command)(_command)
+app.add_typer(delta.app)

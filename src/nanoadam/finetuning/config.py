@@ -37,6 +37,7 @@ AUTO = "auto"
 FOUND = ("task", "learning_rate", "density", "density_end")
 """Keys that are found where they are not given; a run's config.toml has them."""
 
+SAVES = ("model", "delta", "both")
 CRITERIA = ("smallest", "largest", "random", "gradient")
 
 
@@ -144,6 +145,12 @@ class Config:
     eval_every: int | None = _key(None, "Steps between evaluations; by default an epoch.", "output", low=1)
     save_every: int | None = _key(None, "Steps between checkpoints; by default an epoch.", "output", low=1)
     save_model: bool = _key(True, "Write the finetuned model, and checkpoints on the way.", "output")
+    save: str = _key(
+        "model",
+        "What that is: whole models; patches of the base, in checkpoints too; or both.",
+        "output",
+        SAVES,
+    )
     keep_checkpoints: int = _key(1, "How many checkpoints to keep.", "output", low=1)
     log_every: int = _key(10, "Steps between lines of metrics.jsonl.", "output", low=1)
     samples: int = _key(8, "How many rows to show with what the model says of them.", "output", low=0)
@@ -171,6 +178,13 @@ class Config:
                 raise ValueError(f"there is no {name}: give --{name}, or {name} = ... in the config file")
         if self.max_grad_norm == 0:
             raise ValueError("max_grad_norm must be positive, or left out for no clipping, got 0")
+        if self.save != "model" and (self.optimizer == "lora" or self.init_from_config):
+            why = (
+                "adapters change every weight beside them"
+                if self.optimizer == "lora"
+                else "random weights have no base"
+            )
+            raise ValueError(f"save {self.save!r} writes what has changed from the base, and {why}: leave it out")
         if self.label_smoothing >= 1:
             raise ValueError(f"label_smoothing must be below 1, got {self.label_smoothing}")
         for name in ("density", "density_end"):

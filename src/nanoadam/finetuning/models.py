@@ -87,6 +87,7 @@ def _load(config: Config, options: dict[str, Any]) -> tuple[transformers.PreTrai
     if not config.init_from_config:
         _refuse_holes(model, missing, config)
     model.train()
+    model.nanoadam_new = frozenset(missing)  # for patches: values that are nobody's
     return model, missing
 
 

@@ -25,8 +25,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from nanoadam import delta
 from nanoadam.baselines.lora import merge_lora, pretrained
-from nanoadam.finetuning import card, folders, optimizers, outcome, rates, retain, training
+from nanoadam.finetuning import card, folders, optimizers, outcome, patches, rates, retain, training
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.folders import RunError
@@ -41,8 +42,8 @@ APPLIED = ("learning_rate", "head_learning_rate", "eps", "max_grad_norm")
 """Keys that may be changed before a run goes on, and hold from then on."""
 
 FREE = (
-    "eval_batch_size", "eval_every", "save_every", "save_model", "keep_checkpoints", "log_every", "samples", "device",
-    "threads", "metric", "trust_remote_code", "allow_pickle",
+    "eval_batch_size", "eval_every", "save_every", "save_model", "save", "keep_checkpoints", "log_every", "samples",
+    "device", "threads", "metric", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 """Keys that may be changed, and change nothing of what is learned."""
 
@@ -209,9 +210,14 @@ def _run(
 ) -> dict[str, Any]:
     """Train, measure, write."""
     config, model = job.config, job.task.model
-    before = {name: p.detach().to("cpu", copy=True) for name, p in pretrained(model).items()}
+    base = delta.snapshot(model) if config.save_model and config.save != "model" else None
+    before = {
+        name: p.detach().to("cpu", copy=True) if base is None else base[name] for name, p in pretrained(model).items()
+    }
     metrics = training.Metrics(out / "metrics.jsonl", checkpoint, progress, config.head_learning_rate is not None)
     trainer = training.trainer_for(job, out, metrics, changed)
+    if base is not None:
+        trainer.keep_patches_of(config.model, base, patches.new_tensors(model))
     if watch is not None:
         trainer.add_callback(watch(model))
     known = retain.before(job.measures, config, model)
@@ -239,11 +245,15 @@ def _run(
     details = job.task.details(trainer.seen, config.samples)
     results["notes"] = [*outcome.notes(job, results, lines), *details.pop("notes", ())]
     manifest = {**manifest, "results": results, "details": details, "finished": _now()}
-    if config.save_model:
+    if config.save_model and config.save != "delta":
         with folders.whole_folder(out / "model") as folder:
             whole.save_pretrained(str(folder))
             job.task.processor.save_pretrained(str(folder))
             folders.write(folder / "README.md", card.card(manifest))
+    if base is not None:
+        with folders.whole_folder(out / "delta") as folder:
+            new, processor = patches.new_tensors(model), job.task.processor
+            patches.save(folder, model, base, name=config.model, new=new, processor=processor)
     folders.write(out / "report.html", report.page(manifest, lines))
     folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return results

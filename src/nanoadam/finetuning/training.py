@@ -21,6 +21,7 @@ from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
 from nanoadam.finetuning import folders, optimizers
 from nanoadam.finetuning.folders import RunError
 from nanoadam.finetuning.job import Job
+from nanoadam.finetuning.patches import PatchCheckpoints
 
 CURE = "Try a lower learning rate, warm-up or max_grad_norm; --resume RUN --learning-rate 1e-5 goes on with another"
 
@@ -121,8 +122,8 @@ def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] |
     return trainer
 
 
-class RunTrainer(Trainer):
-    """Stops at a loss that is not finite, and writes checkpoints whole or not at all."""
+class RunTrainer(PatchCheckpoints, Trainer):
+    """Stops at a loss that is not finite, and writes checkpoints, or patches in them, whole or not at all."""
 
     keep = 1
     seen: EvalPrediction | None = None

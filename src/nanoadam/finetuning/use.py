@@ -33,6 +33,9 @@ def load(run: Path) -> tuple[Config, dict[str, Any]]:
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     if not (run / "model").is_dir():
         why = "it was run with --no-save-model" if manifest.get("results") else "the run is not finished"
+        if (run / "delta").is_dir():
+            base = manifest["settings"]["model"]
+            why = f"its patch makes one: nanoadam delta apply {base} {run / 'delta'} {run / 'model'}"
         raise ValueError(f"{run} holds no model/: {why}")
     written = configs.read(run / "config.toml")
     own = {"model": str(run / "model"), "tokenizer": None, "revision": None, "new_head": False, "retain": (),

@@ -164,7 +164,7 @@ class GradientRelease:
         slot = box.slot
         assert slot is not None
         if type(gradient) is SelectedGradient:  # a layer has made it, or a user
-            box.stored = gradient._box.moved_to(box.selection)
+            box.stored = gradient._box.moved_to(box.selection).to(box.dtype)
             return
         box.pending = gradient
         self._gathered.append(weakref.ref(box))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from nanoadam.chunks import Layout
+from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
 from nanoadam.ops import Selection, Slot, reference
 
 dispatch: list[Callable[[Any, Any, Any], Any]] = []
@@ -83,14 +83,13 @@ class Box:
                 "read gradients before refresh(), or zero them"
             )
         if self.stored is None:
-            index = self.selection.index
-            self.stored = torch.zeros(index.numel(), dtype=self.dtype, device=index.device)
+            self.stored = self.room().zero_()
         return self.stored
 
     def room(self) -> Tensor:
-        """Where the entries are, or can be put: [selected]."""
-        index = self.selection.index
-        return torch.empty(index.numel(), dtype=self.dtype, device=index.device) if self.stored is None else self.stored
+        """Where the entries are, or can be put: of the layout's shape."""
+        shape, device = self.selection.layout.shape, self.selection.index.device
+        return torch.empty(shape, dtype=self.dtype, device=device) if self.stored is None else self.stored
 
     def compact(self) -> None:
         """Add what is pending, by itself."""
@@ -157,13 +156,13 @@ class SelectedGradient(Tensor):
 
     @property
     def entries(self) -> Tensor:
-        """The selected entries themselves, to be read or written: `grad_dtype` [selected]."""
+        """The selected entries themselves, to be read or written: `grad_dtype`, [selected], or [columns, outputs]."""
         return self._box.values
 
     def positions(self) -> Tensor:
-        """Where they are in the flattened parameter (row-major): int64 [selected], -1 at empty places."""
+        """Where they are in the flattened parameter (row-major): int64, like `entries`, -1 at empty places."""
         selection = self._box.selection
-        return torch.where(selection.index >= 0, reference.positions(selection.index, selection.layout), -1)
+        return torch.where(reference.used(selection), reference.positions(selection.index, selection.layout), -1)
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """The dense tensor that it reads as: a new one, of the parameter's strides."""
@@ -252,12 +251,12 @@ class SelectedGradient(Tensor):
         return selection.index.clone(), selection.layout, values, self._box.fill, shape
 
 
-def _rebuild(index: Tensor, layout: Layout, values: Tensor, fill: float, shape: tuple[Any, ...]) -> SelectedGradient:
+def _rebuild(index: Tensor, layout: AnyLayout, values: Tensor, fill: float, shape: tuple[Any, ...]) -> SelectedGradient:
     size, stride, dtype = shape
     return SelectedGradient._make(Box(Selection(index, layout), values, fill=fill), size, stride, dtype, values.device)
 
 
-torch.serialization.add_safe_globals([_rebuild, Layout])
+torch.serialization.add_safe_globals([_rebuild, ColumnLayout, Layout])
 
 
 def refuse(what: str, gradient: Tensor) -> NoReturn:

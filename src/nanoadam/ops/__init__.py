@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from nanoadam.chunks import Layout
+from nanoadam.chunks import AnyLayout
 
 MAX_AGE = 32768
 """Updates after which the age of a selected weight stops counting: its bias correction has long become 1."""
@@ -31,12 +31,13 @@ class _Loan:
 class Selection:
     """Which weights of one tensor are selected. It never changes while somebody has borrowed it, but may go stale.
 
-    index: int16 [layout.selected]; position within its chunk of each selected weight, ascending within a chunk;
-        -1 for a place left empty (`keep_zeros` with fewer nonzero weights than places).
+    index: int16 [selected]; position within its chunk of each selected weight, ascending within a chunk. Of columns:
+        int32 [keep]; their numbers, ascending. -1 for a place left empty (`keep_zeros` with fewer nonzero candidates
+        than places).
     """
 
     index: Tensor
-    layout: Layout
+    layout: AnyLayout
     stale: bool = False
     """`index` was written over by a later selection, as CUDA graphs need it."""
     _loan: weakref.ref[_Loan] | None = None
@@ -61,10 +62,11 @@ class Slot:
 
     `state` is the very dict that `optimizer.state[parameter]` holds:
         step: float32 scalar; updates this parameter has had.
-        exp_avg, exp_avg_sq: state dtype; first and second moment, [selected] or the parameter's shape if dense.
-        index: int16 [selected]; that of `selection`. Not for dense ones.
-        entry_step: int16 [selected], or [1] where moments are not carried and all selected weights enter together;
-            the low 16 bits of `step` when the weight entered. Not for dense ones.
+        exp_avg, exp_avg_sq: state dtype; first and second moment, of `layout.shape` ([selected], or [keep, outputs] of
+            columns), or of the parameter's shape if dense.
+        index: that of `selection`, one for each weight or column. Not for dense ones.
+        entry_step: int16, like `index`, or [1] where moments are not carried and all that is selected enters together;
+            the low 16 bits of `step` when it entered. Not for dense ones.
     """
 
     weight: Tensor
@@ -76,17 +78,20 @@ class Slot:
     unselected: bool = True  # nothing has been selected yet
     selected_for: int = -1  # the step of its group that the selection stands for
     arrived_in: int = -1  # the step of its group in which its last first gradient arrived
+    forward_in: int = -1  # the step of its group in which a layer last asked for its columns
+    overdue: bool = False  # a refresh was due while a backward was on its way
+    served: Any = None  # see columns.py
     version: int = 0  # counts selections and moves
     restamped: int = 0  # the update at which entry steps were last kept from wrapping around
     cache: dict[str, Any] = field(default_factory=dict)  # for a backend's own use
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> AnyLayout:
         """Of the present selection."""
         assert self.selection is not None
         return self.selection.layout
 
-    def take(self, state: dict[str, Tensor], layout: Layout, *, in_place: bool) -> None:
+    def take(self, state: dict[str, Tensor], layout: AnyLayout, *, in_place: bool) -> None:
         """A new selection: its state, in new tensors or, `in_place`, in those that were there."""
         before = self.selection
         if in_place and before is not None and before.layout == layout:
@@ -126,6 +131,7 @@ class Adam:
     stochastic_rounding: bool
     key: int  # of the seed
     capturable: bool = False  # read the step from the device
+    keep_zeros: bool = False  # of a selected column, weights that are exactly zero stay so
     grad_scale: float | Tensor = 1.0  # gradients are multiplied by this: the inverse of a loss scale
 
 
@@ -133,7 +139,7 @@ class Backend(Protocol):
     """The operations. All slots of a call are on one device; lists may be empty."""
 
     def select(
-        self, slots: Sequence[Slot], layouts: Sequence[Layout], rule: Rule, gradients: Sequence[Tensor] | None
+        self, slots: Sequence[Slot], layouts: Sequence[AnyLayout], rule: Rule, gradients: Sequence[Tensor] | None
     ) -> None:
         """Select anew from the present weights; `layouts` replace the slots' own.
 
@@ -144,7 +150,13 @@ class Backend(Protocol):
     def gather(
         self, slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]
     ) -> None:
-        """Write the selected entries of dense gradients into `entries` [selected], or add them to what is there."""
+        """Write the selected entries of dense gradients into `entries`, or add them to what is there."""
+
+    def row_entries(self, selection: Selection, ids: Tensor, gradient: Tensor) -> Tensor:
+        """The selected entries of an embedding's gradient, float32, from the gradient of what was looked up.
+
+        `ids` int64 [tokens], -1 for none; `gradient` [tokens, width]. The same bits every time.
+        """
 
     def update(self, slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
         """One AdamW step on the selected weights; `entries` are their gradients.

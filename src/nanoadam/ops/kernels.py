@@ -196,6 +196,38 @@ def gather(
 
 
 @triton.jit
+def row_entries(
+    row,  # int64 [COLUMNS]: of the table that was looked up in
+    starts,  # int64 [rows + 1]: where each row's tokens begin in `order`
+    order,  # int64 [tokens]: tokens by row
+    gradient,  # [tokens, ROW]: of what was looked up
+    entries,  # float32 [SELECTED]
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program a block of selected entries: each sums over the tokens that looked its row up, in their order."""
+    entry, live = _entries(row, tl.program_id(0), WIDE, BLOCK)
+    index = tl.load(_field(row, INDEX, tl.int16) + entry, mask=live, other=-1).to(tl.int32)
+    used = index >= 0
+    position = tl.where(used, _entry_position(row, entry, index, WIDE), 0)
+    width = _number(row, ROW)
+    which = position // width
+    column = position - which * width
+    first = tl.load(starts + which, mask=used, other=0)
+    count = tl.load(starts + which + 1, mask=used, other=0) - first
+    total = tl.zeros([BLOCK], tl.float32)
+    most = tl.max(count, axis=0)
+    for number in range(0, most, TOKENS):
+        turn = number + tl.arange(0, TOKENS)
+        more = turn[None, :] < count[:, None]
+        token = tl.load(order + first[:, None] + turn[None, :], mask=more, other=0)
+        value = tl.load(gradient + token * width + column[:, None], mask=more, other=0.0)
+        total += tl.sum(value.to(tl.float32), axis=1)
+    tl.store(entries + entry, total, mask=live)
+
+
+@triton.jit
 def _adam(weight, gradient, exp_avg, exp_avg_sq, step_size, correction2, decay, weight1, beta2, weight2, eps):
     exp_avg = exp_avg + weight1 * (gradient - exp_avg)
     exp_avg_sq = exp_avg_sq * beta2 + weight2 * gradient * gradient

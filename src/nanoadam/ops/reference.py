@@ -10,22 +10,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanoadam.chunks import Layout
+from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot
 from nanoadam.ops.rounding import random_words, round_stochastically, tensor_key
 
+_BITS = 24  # of a place in a chunk, or of a column's number
 _NEVER = 0x7FFFFFFF  # rank of a weight that may not be selected
 
 
-def positions(index: Tensor, layout: Layout) -> Tensor:
+def positions(index: Tensor, layout: AnyLayout) -> Tensor:
     """Positions in the flattened full tensor (row-major) of the selected weights.
 
     Args:
-        index: int16 [layout.selected], positions within chunks.
+        index: as in `Selection`.
 
     Returns:
-        int64 [layout.selected]; meaningless where `index` is -1.
+        int64, of `layout.shape`; meaningless where `index` is -1.
     """
+    if isinstance(layout, ColumnLayout):
+        output = torch.arange(layout.outputs, device=index.device)
+        column = index[:, None].long()
+        return column * layout.outputs + output if layout.transposed else output * layout.columns + column
     start = torch.arange(layout.per_line, device=index.device) * layout.chunk
     keep = torch.full_like(start, layout.keep)
     if layout.tail:
@@ -33,6 +38,12 @@ def positions(index: Tensor, layout: Layout) -> Tensor:
     offset = start.repeat_interleave(keep, output_size=layout.kept_per_line)
     line = torch.arange(layout.lines, device=index.device) * layout.line
     return (index.view(layout.lines, -1) + offset + line[:, None]).view(-1)
+
+
+def used(selection: Selection) -> Tensor:
+    """Which places are not empty: bool, [selected], or [keep, 1] of columns."""
+    held = selection.index >= 0
+    return held[:, None] if isinstance(selection.layout, ColumnLayout) else held
 
 
 def _flat_storage(tensor: Tensor) -> Tensor:
@@ -86,7 +97,7 @@ def _first(ranks: Tensor, keep: int) -> Tensor:
         ranks: int32 [rows, length].
 
     Returns:
-        int16 [rows, keep], ascending; -1 (at the end) where fewer than `keep` places may be selected.
+        int64 [rows, keep], ascending; -1 (at the end) where fewer than `keep` places may be selected.
     """
     rows, length = ranks.shape
     if keep == length:
@@ -98,70 +109,108 @@ def _first(ranks: Tensor, keep: int) -> Tensor:
         limit = chosen.amax(1, keepdim=True)
         tied = ((ranks <= limit).sum(1) > keep).nonzero().view(-1)
         if tied.numel():
-            unique = (ranks[tied].to(torch.int64) << 16) | torch.arange(length, device=ranks.device)
+            unique = (ranks[tied].to(torch.int64) << _BITS) | torch.arange(length, device=ranks.device)
             best = unique.topk(keep, dim=1, largest=False, sorted=False).values
-            place[tied], chosen[tied] = best & 0xFFFF, (best >> 16).to(torch.int32)
+            place[tied], chosen[tied] = best & (2**_BITS - 1), (best >> _BITS).to(torch.int32)
     place = place.masked_fill(chosen == _NEVER, length).sort(1).values
-    return place.masked_fill_(place == length, -1).to(torch.int16)
+    return place.masked_fill_(place == length, -1)
 
 
-def _select(weight: Tensor, layout: Layout, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
+def _select(weight: Tensor, layout: AnyLayout, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
+    if isinstance(layout, ColumnLayout):
+        ranks = _column_ranks(weight, layout, rule, ordinal, gradient)
+        return _first(ranks[None], layout.keep)[0].to(torch.int32)
     ranks = _ranks(weight, rule, ordinal, gradient).view(layout.lines, layout.line)
     cut = layout.full * layout.chunk
     body = _first(ranks[:, :cut].reshape(-1, layout.chunk), layout.keep).view(layout.lines, -1)
-    if not layout.tail:
-        return body.reshape(-1)
-    return torch.cat([body, _first(ranks[:, cut:], layout.keep_tail)], dim=1).view(-1)
+    if layout.tail:
+        body = torch.cat([body, _first(ranks[:, cut:], layout.keep_tail)], dim=1)
+    return body.reshape(-1).to(torch.int16)
 
 
-def _survivors(old: Tensor, old_layout: Layout, new: Tensor, new_layout: Layout) -> tuple[Tensor, Tensor]:
-    """Which of the new places were selected before (bool), and at which old place (int64, valid where so)."""
-    before, after = positions(old, old_layout), positions(new, new_layout)
-    used = old >= 0
-    if not used.all():  # empty places would break the ascending order that the search needs
-        before = torch.where(used, before, -1).cummax(0).values
+def column_norms(weight: Tensor, layout: ColumnLayout) -> Tensor:
+    """float32 [columns]: sums of squares. Summed in float64, so that the order of the sum does not show."""
+    return weight.detach().double().square().sum(1 - layout.input_dim).float()
+
+
+def _column_ranks(weight: Tensor, layout: ColumnLayout, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
+    """int32 [columns]: the lower, the sooner selected."""
+    norms = column_norms(weight, layout)
+    if rule.criterion == "random":
+        key = tensor_key(rule.key, rule.step, ordinal)
+        ranks = (random_words(key, torch.arange(layout.columns, device=norms.device))[0] >> 2).to(torch.int32)
+    elif rule.criterion == "smallest":
+        ranks = _magnitude(norms)
+    elif rule.criterion == "largest":
+        ranks = 0x7F800001 - _magnitude(norms)
+    else:
+        assert gradient is not None
+        ranks = 0x7F800001 - _magnitude(column_norms(gradient, layout))
+    return ranks.masked_fill_(norms == 0, _NEVER) if rule.keep_zeros else ranks
+
+
+def _survivors(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
+    """Which of the new weights or columns were selected before, and at which old place (valid where they were).
+
+    Returns:
+        bool and int64, one for each number of `new.index`.
+    """
+    if isinstance(old.layout, ColumnLayout):
+        before, after = old.index.long(), new.index.long()
+    else:
+        before, after = positions(old.index, old.layout), positions(new.index, new.layout)
+    held = old.index >= 0
+    if not held.all():  # empty places would break the ascending order that the search needs
+        before = torch.where(held, before, -1).cummax(0).values
     # In a run made by cummax the real entry comes first, which is where a search from the left arrives.
     place = torch.searchsorted(before, after).clamp_(max=before.numel() - 1)
-    return (before[place] == after) & (new >= 0), place
+    return (before[place] == after) & (new.index >= 0), place
 
 
-def select(slots: Sequence[Slot], layouts: Sequence[Layout], rule: Rule, gradients: Sequence[Tensor] | None) -> None:
+def select(slots: Sequence[Slot], layouts: Sequence[AnyLayout], rule: Rule, gradients: Sequence[Tensor] | None) -> None:
     for i, (slot, layout) in enumerate(zip(slots, layouts, strict=True)):
         index = _select(slot.weight, layout, rule, slot.ordinal, gradients[i] if gradients is not None else None)
-        count = index.numel()
-        entry_step = torch.full((count if rule.carry else 1,), slot.steps, dtype=torch.int64, device=index.device)
-        new = {"index": index, "entry_step": entry_step.to(torch.int16)}  # its low 16 bits
-        if slot.steps and rule.carry:
-            kept, place = _survivors(slot.state["index"], slot.layout, index, layout)
+        entry_step = torch.full((layout.places if rule.carry else 1,), slot.steps, dtype=torch.int64)
+        new = {"index": index, "entry_step": entry_step.to(index.device, torch.int16)}  # its low 16 bits
+        if slot.steps and rule.carry and slot.selection is not None:
+            chosen = Selection(index, layout)
             for name in ("exp_avg", "exp_avg_sq"):
-                new[name] = torch.where(kept, slot.state[name][place], 0)
-            age = _age(slot)
-            restamped = (slot.steps - age).to(torch.int16).expand(slot.state["index"].numel())  # it may have been reset
+                new[name] = move(slot.state[name], slot.selection, chosen)
+            kept, place = _survivors(slot.selection, chosen)
+            restamped = (slot.steps - _age(slot).view(-1)).to(torch.int16).expand(slot.layout.places)  # maybe of size 1
             new["entry_step"] = torch.where(kept, restamped[place], new["entry_step"])
         else:
             for name in ("exp_avg", "exp_avg_sq"):
-                new[name] = torch.zeros(count, dtype=slot.state[name].dtype, device=index.device)
+                new[name] = torch.zeros(layout.shape, dtype=slot.state[name].dtype, device=index.device)
         slot.take(new, layout, in_place=rule.in_place)
 
 
 def take(selection: Selection, dense: Tensor) -> Tensor:
-    """The selected entries of a dense tensor, in its dtype: [selected], zero at empty places."""
-    index = selection.index
-    place = _storage_offsets(positions(index.clamp(min=0), selection.layout), dense)
-    return _flat_storage(dense)[place].masked_fill_(index < 0, 0)
+    """The selected entries of a dense tensor, in its dtype, of `layout.shape`; zero at empty places."""
+    index, layout = selection.index, selection.layout
+    if isinstance(layout, ColumnLayout):
+        columns = dense.index_select(layout.input_dim, index.clamp(min=0))
+        entries = columns if layout.transposed else columns.t().contiguous()
+    else:
+        entries = _flat_storage(dense)[_storage_offsets(positions(index.clamp(min=0), layout), dense)]
+    return entries.masked_fill_(~used(selection), 0)
 
 
 def put(selection: Selection, entries: Tensor, dense: Tensor) -> None:
-    """Write entries [selected] into a dense tensor."""
-    used = selection.index >= 0
-    place = _storage_offsets(positions(selection.index, selection.layout)[used], dense)
-    _flat_storage(dense)[place] = entries[used].to(dense.dtype)
+    """Write entries, of `layout.shape`, into a dense tensor."""
+    held, index, layout = selection.index >= 0, selection.index, selection.layout
+    if isinstance(layout, ColumnLayout):
+        values = entries[held].to(dense.dtype)
+        dense.index_copy_(layout.input_dim, index[held].long(), values if layout.transposed else values.t())
+    else:
+        _flat_storage(dense)[_storage_offsets(positions(index, layout)[held], dense)] = entries[held].to(dense.dtype)
 
 
 def move(entries: Tensor, old: Selection, new: Selection) -> Tensor:
-    """Entries [selected] of one selection as those of another: zero for weights that the old one had not."""
-    kept, place = _survivors(old.index, old.layout, new.index, new.layout)
-    return torch.where(kept, entries[place], 0)
+    """Entries of one selection as those of another: zero for weights that the old one had not."""
+    kept, place = _survivors(old, new)
+    moved = entries[place]
+    return moved.masked_fill_(~(kept if moved.dim() == 1 else kept[:, None]), 0)
 
 
 def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]) -> None:
@@ -175,18 +224,21 @@ def mask(selection: Selection, shape: Sequence[int]) -> Tensor:
     """Which weights are selected: bool, of the parameter's shape."""
     index, layout = selection.index, selection.layout
     chosen = torch.zeros(layout.numel, dtype=torch.bool, device=index.device)
-    chosen[positions(index, layout)[index >= 0]] = True
+    chosen[positions(index, layout)[index >= 0].view(-1)] = True
     return chosen.view(tuple(shape))
 
 
 def _age(slot: Slot) -> Tensor:
-    """int32, like `entry_step`: updates since each selected weight entered, this one included; at most MAX_AGE."""
-    return ((slot.steps - slot.state["entry_step"].to(torch.int32)) & 0xFFFF).clamp_(max=MAX_AGE)
+    """int32, like `entry_step` ([..., 1] of columns): updates since each entered, with this one; at most MAX_AGE."""
+    entry_step = slot.state["entry_step"]
+    if slot.selection is not None and isinstance(slot.layout, ColumnLayout):
+        entry_step = entry_step[:, None]
+    return ((slot.steps - entry_step.to(torch.int32)) & 0xFFFF).clamp_(max=MAX_AGE)
 
 
 def restamp(slot: Slot) -> None:
     """Move entry steps up so that ages stay at MAX_AGE: to be called before their low 16 bits wrap around."""
-    slot.state["entry_step"].copy_((slot.steps - _age(slot)).to(torch.int16))
+    slot.state["entry_step"].copy_((slot.steps - _age(slot)).to(torch.int16).view(-1))
     slot.restamped = slot.steps
 
 
@@ -230,11 +282,14 @@ def _noise(slot: Slot, adam: Adam, position: Tensor) -> tuple[Tensor | None, Ten
 
 def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
     for slot, gradient in zip(slots, entries, strict=True):
-        state = slot.state
-        index = state["index"]
-        used = index >= 0
-        position = positions(index.clamp(min=0), slot.layout)
+        state, selection = slot.state, slot.selection
+        assert selection is not None
+        position = positions(selection.index.clamp(min=0), selection.layout)
         storage, place = _flat_storage(slot.weight), _storage_offsets(position, slot.weight)
+        held = used(selection)
+        if adam.keep_zeros and isinstance(selection.layout, ColumnLayout):
+            held = held & (storage[place] != 0)
+        held = held.expand(position.shape)
         weight, exp_avg, exp_avg_sq = _adam(
             storage[place].float(),
             gradient.float(),
@@ -244,9 +299,9 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
             adam,
         )
         noise1, noise2, noise3 = _noise(slot, adam, position)
-        state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1).masked_fill_(~used, 0))
-        state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2).masked_fill_(~used, 0))
-        storage[place[used]] = _store(storage, weight, noise3)[used]
+        state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1).masked_fill_(~held, 0))
+        state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2).masked_fill_(~held, 0))
+        storage[place[held]] = _store(storage, weight, noise3)[held]
 
 
 def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
@@ -266,3 +321,28 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
         state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1))
         state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2))
         slot.weight.detach().copy_(_store(slot.weight, weight, noise3))
+
+
+def row_entries(selection: Selection, ids: Tensor, gradient: Tensor) -> Tensor:
+    """The selected entries of an embedding's gradient, from the gradient of what was looked up.
+
+    Args:
+        selection: of a table [rows, width].
+        ids: int64 [tokens]; a row each, or -1 for none.
+        gradient: [tokens, width].
+
+    Returns:
+        float32 [selected], zero at empty places.
+    """
+    assert isinstance(selection.layout, Layout)
+    if ids.numel() == 0:
+        return torch.zeros(selection.index.shape, device=gradient.device)
+    rows, which = ids.unique(return_inverse=True)
+    width = gradient.shape[1]
+    sums = torch.zeros(len(rows), width, dtype=torch.float32, device=gradient.device)
+    sums = sums.index_add(0, which, gradient.float())
+    position = positions(selection.index.clamp(min=0), selection.layout)
+    row, column = position // width, position % width
+    place = torch.searchsorted(rows, row).clamp_(max=len(rows) - 1)
+    entries = sums[place, column]
+    return torch.where((rows[place] == row) & (selection.index >= 0), entries, 0.0)

@@ -182,7 +182,7 @@ def _plan_selection(
     device = batch[0][0].weight.device
     rows, chunks, first = [], [], 0
     for (slot, lay, gradient), new in zip(batch, results, strict=True):
-        state, old = slot.state, slot.layout if slot.selection is not None else lay
+        state, old = slot.state, _layout(slot, lay)
         row = [0] * selection.SELECT_COLUMNS.value
         for column, tensor in (
             (kernels.WEIGHT, slot.weight),
@@ -221,9 +221,7 @@ def _plan_selection(
     lays = [lay for _, lay, _ in batch]
     longest = max(min(lay.chunk, lay.line) for lay in lays)
     most = max(max(lay.keep, lay.keep_tail) for lay in lays)
-    old_most = max(
-        max(lay.keep, lay.keep_tail) for lay in (s.layout if s.selection else coming for s, coming, _ in batch)
-    )
+    old_most = max(max(old.keep, old.keep_tail) for old in (_layout(slot, coming) for slot, coming, _ in batch))
     # Twice what is kept, and some: a limit guessed from a sample then seldom misses, see selection.select.
     candidates = triton.next_power_of_2(min(longest, max(128, 2 * most + 64)))
     sizes = {
@@ -241,3 +239,8 @@ def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 1
+
+
+def _layout(slot: Slot, coming: Layout) -> Layout:
+    """Of the present selection, if there is one."""
+    return slot.layout if slot.selection is not None and isinstance(slot.layout, Layout) else coming

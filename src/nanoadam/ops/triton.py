@@ -6,43 +6,91 @@ cannot address (strides other than contiguous and channels-last) goes through `r
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from nanoadam.ops import MAX_AGE, Adam, Slot, kernels, reference, tables
-from nanoadam.ops.select_triton import select
-from nanoadam.ops.tables import (
-    TYPES,
-    block_rows,
-    captured,
-    capturing,
-    is_aligned,
-    on,
-    partition,
-    signed,
-    spatial,
-    upload,
-)
+from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
+from nanoadam.ops import Adam, Rule, Selection, Slot, column_triton, kernels, reference, select_triton, tables
+from nanoadam.ops.launches import by_steps, launches, scalars
+from nanoadam.ops.tables import TYPES, is_aligned, on, spatial
 
-__all__ = ["gather", "select", "update", "update_dense"]
+__all__ = ["gather", "row_entries", "select", "update", "update_dense"]
 
 BLOCK = 1024
 """Selected entries a program updates."""
 
+ROW_BLOCK, TOKENS = 128, 16
+"""Selected entries of an embedding that a program sums, and the tokens that it reads at a time for each."""
 
-@functools.lru_cache(maxsize=8)
-def _corrections(beta1: float, beta2: float, device: torch.device) -> Tensor:
-    """float32 [2, MAX_AGE + 1]: bias corrections by age, computed in float64."""
-    age = torch.arange(MAX_AGE + 1, dtype=torch.float64, device=device)
-    age[0] = 1  # no weight has this age when it is updated
-    return torch.stack([1 / (1 - beta1**age), (1 - beta2**age).sqrt()]).float()
+
+def _by_granularity(slots: Sequence[Any], layouts: Sequence[AnyLayout]) -> tuple[list[int], list[int]]:
+    """Places of those that are selected from by weight, and by column."""
+    columns = [i for i, layout in enumerate(layouts) if isinstance(layout, ColumnLayout)]
+    chosen = set(columns)
+    return [i for i in range(len(slots)) if i not in chosen] if columns else list(range(len(slots))), columns
+
+
+def select(slots: Sequence[Slot], layouts: Sequence[AnyLayout], rule: Rule, gradients: Sequence[Tensor] | None) -> None:
+    served: Any = (select_triton.select, column_triton.select)
+    for places, host in zip(_by_granularity(slots, layouts), served, strict=True):
+        if places:
+            some = None if gradients is None else [gradients[i] for i in places]
+            host([slots[i] for i in places], [layouts[i] for i in places], rule, some)
+
+
+def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]) -> None:
+    for places, host in zip(
+        _by_granularity(slots, [s.layout for s in slots]), (_gather, column_triton.gather), strict=True
+    ):
+        if places:
+            dense, room = [gradients[i] for i in places], [entries[i] for i in places]
+            host([slots[i] for i in places], dense, room, [add[i] for i in places])
+
+
+def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
+    for places, host in zip(
+        _by_granularity(slots, [s.layout for s in slots]), (_update, column_triton.update), strict=True
+    ):
+        if places:
+            host([slots[i] for i in places], [entries[i] for i in places], adam)
+
+
+def row_entries(selection: Selection, ids: Tensor, gradient: Tensor) -> Tensor:
+    lay, width = selection.layout, gradient.shape[1]
+    assert isinstance(lay, Layout)
+    numbers = [0] * kernels.COLUMNS.value
+    for column, number in (
+        (kernels.INDEX, selection.index.data_ptr()),
+        (kernels.LINE, lay.line),
+        (kernels.CHUNK, lay.chunk),
+        (kernels.FULL, lay.full),
+        (kernels.KEEP, lay.keep),
+        (kernels.KEPT_PER_LINE, lay.kept_per_line),
+        (kernels.SELECTED, lay.selected),
+        (kernels.ROW, width),
+    ):
+        numbers[column.value] = number
+    row = tables.upload(numbers, gradient.device)
+    by_row, order = ids.sort(stable=True)
+    starts = torch.searchsorted(by_row, torch.arange(lay.numel // width + 1, device=gradient.device))
+    entries = torch.empty(lay.selected, dtype=torch.float32, device=gradient.device)
+    gradient = gradient.contiguous()
+    with on(gradient.device):
+        wide = lay.numel >= tables.WIDE_FROM
+        programs = triton.cdiv(lay.selected, ROW_BLOCK)
+        kernels.row_entries[(programs,)](
+            row, starts, order, gradient, entries, WIDE=wide, BLOCK=ROW_BLOCK, TOKENS=TOKENS
+        )
+    return entries
+
+
+def _programs(row: list[int]) -> int:
+    return int(triton.cdiv(row[kernels.SELECTED.value], BLOCK))
 
 
 def _row(slot: Slot) -> list[int]:
@@ -53,6 +101,7 @@ def _row(slot: Slot) -> list[int]:
         row: list[int] = cached[1]
         return row
     state, lay, weight = slot.state, slot.layout, slot.weight
+    assert isinstance(lay, Layout)
     row = [
         address,
         state["index"].data_ptr(),
@@ -77,59 +126,7 @@ def _row(slot: Slot) -> list[int]:
     return row
 
 
-@dataclass
-class _Launch:
-    """Tensors that one launch serves, by their places in a list, and what they have in common."""
-
-    kind: tuple[Any, ...]
-    places: list[int]
-    table: Tensor
-    block_rows: Tensor
-    blocks: int
-    numbers: list[int] = field(default_factory=list)
-    uploaded: Tensor | None = None
-
-    def addresses(self, numbers: list[int]) -> Tensor:
-        """What changes from step to step: int64, on the device; sent only if it has changed."""
-        if self.uploaded is None or numbers != self.numbers:
-            self.numbers, self.uploaded = numbers, upload(numbers, self.table.device)
-        return self.uploaded
-
-
-def _launches(
-    name: str,
-    slots: list[Slot],
-    signature: list[Any],
-    kind: Callable[[int], tuple[Any, ...]],
-    row: Callable[[int], list[int]],
-) -> list[_Launch]:
-    """How a list is launched; worked out anew only when something in `signature` has changed.
-
-    `kind` and `row` take a place in the list. A graph that is captured gets tables of its own: what is uploaded for it
-    holds nothing until it is replayed, and what it reads must outlive the next change.
-    """
-    own = capturing(slots[0].weight.device)
-    cached = None if own else slots[0].cache.get(name)
-    if cached is not None and cached[0] == signature and cached[1] == slots:
-        known: list[_Launch] = cached[2]
-        return known
-    launches = []
-    device = slots[0].weight.device
-    for what, places in partition(range(len(slots)), kind):
-        rows, blocks, first = [row(place) for place in places], [], 0
-        for numbers in rows:
-            numbers[kernels.FIRST.value] = first
-            blocks.append(triton.cdiv(numbers[kernels.SELECTED.value], BLOCK))
-            first += blocks[-1]
-        launches.append(_Launch(what, places, upload(rows, device), block_rows(tuple(blocks), device), first))
-    if own:
-        captured.append(launches)
-    else:
-        slots[0].cache[name] = (signature, slots, launches)
-    return launches
-
-
-def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]) -> None:
+def _gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence[Tensor], add: Sequence[bool]) -> None:
     members = list(slots)
     signature = [
         (slot.version, spatial(gradient), gradient.dtype, mine.dtype, more)
@@ -145,7 +142,7 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence
         numbers[kernels.GRADIENT_SPATIAL.value] = signature[place][1]
         return numbers
 
-    for launch in _launches("gather", members, signature, kind, row):
+    for launch in launches("gather", members, signature, kind, row, _programs, kernels.FIRST.value):
         strides, gradient_type, entries_type, more, wide = launch.kind
         if strides == 0:
             some = launch.places
@@ -167,48 +164,8 @@ def gather(slots: Sequence[Slot], gradients: Sequence[Tensor], entries: Sequence
             )
 
 
-def _scalars(adam: Adam, anything: Tensor) -> dict[str, Any]:
-    """Arguments that both updates share; pointers that are not used point to `anything`."""
-    device = anything.device
-    lr_pointer = adam.lr if isinstance(adam.lr, Tensor) and adam.lr.device == device else None
-    corrections = _corrections(adam.beta1, adam.beta2, device)
-    if capturing(device):
-        captured.append(corrections)  # the cache may let go of it
-    scale = adam.grad_scale
-    if isinstance(scale, Tensor):
-        scale = scale.to(device, non_blocking=True)
-    return {
-        "corrections": corrections,
-        "lr": 0.0 if lr_pointer is not None else float(adam.lr),
-        "lr_pointer": anything if lr_pointer is None else lr_pointer,
-        "scale_pointer": scale if isinstance(scale, Tensor) else anything,
-        "weight_decay": float(adam.weight_decay),
-        "weight1": 1 - adam.beta1,
-        "beta2": float(adam.beta2),
-        "weight2": 1 - adam.beta2,
-        "eps": float(adam.eps),
-        "key": signed(adam.key),
-        "LR_POINTER": lr_pointer is not None,
-        "SCALE_POINTER": isinstance(scale, Tensor),
-        "STEP_POINTER": adam.capturable,
-        "MAXIMIZE": adam.maximize,
-        "STOCHASTIC": adam.stochastic_rounding,
-        "BLOCK": BLOCK,
-    }
-
-
-def _by_steps(
-    slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam
-) -> Iterable[tuple[list[Slot], list[Tensor]]]:
-    """Slots that have had the same number of updates, which a launch takes from the host unless captured."""
-    if adam.capturable or len({slot.steps for slot in slots}) == 1:
-        return [(list(slots), list(gradients))]
-    parts = partition(zip(slots, gradients, strict=True), lambda pair: pair[0].steps)
-    return [([slot for slot, _ in pairs], [gradient for _, gradient in pairs]) for _, pairs in parts]
-
-
-def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
-    for members, gradients in _by_steps(slots, entries, adam):
+def _update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None:
+    for members, gradients in by_steps(slots, entries, adam):
         signature: list[Any] = [
             (slot.version, slot.weight.data_ptr(), slot.state["exp_avg"].data_ptr(), mine.dtype)
             for slot, mine in zip(members, gradients, strict=True)
@@ -229,7 +186,7 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
         def row(place: int, members: list[Slot] = members) -> list[int]:
             return _row(members[place]).copy()
 
-        for launch in _launches("update", members, signature, kind, row):
+        for launch in launches("update", members, signature, kind, row, _programs, kernels.FIRST.value):
             strides, weight_type, state_type, entries_type, wide = launch.kind
             if strides == 0:
                 reference.update([members[i] for i in launch.places], [gradients[i] for i in launch.places], adam)
@@ -245,12 +202,13 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
                     STATE_TYPE=TYPES[state_type],
                     CHANNELS_LAST=strides == 2,
                     WIDE=wide,
-                    **_scalars(adam, launch.table),
+                    BLOCK=BLOCK,
+                    **scalars(adam, launch.table),
                 )
 
 
 def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
-    for members, dense in _by_steps(slots, gradients, adam):
+    for members, dense in by_steps(slots, gradients, adam):
         for i, (slot, gradient) in enumerate(zip(members, dense, strict=True)):
             if gradient.stride() != slot.weight.stride():
                 dense[i] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
@@ -278,7 +236,7 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
         def row(place: int, members: list[Slot] = members) -> list[int]:
             return _dense_row(members[place])
 
-        for launch in _launches("dense", members, signature, kind, row):
+        for launch in launches("dense", members, signature, kind, row, _programs, kernels.FIRST.value):
             strides, weight_type, state_type, gradient_type, wide, aligned = launch.kind
             if strides == 0:
                 reference.update_dense([members[i] for i in launch.places], [dense[i] for i in launch.places], adam)
@@ -297,7 +255,8 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
                     CHANNELS_LAST=strides == 2,
                     ALIGNED=aligned,
                     WIDE=wide,
-                    **_scalars(adam, launch.table),
+                    BLOCK=BLOCK,
+                    **scalars(adam, launch.table),
                 )
 
 

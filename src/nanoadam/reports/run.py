@@ -8,7 +8,7 @@ from typing import Any
 
 from nanoadam.reports import page as pages
 from nanoadam.reports.charts import Chart, Series, bars, draw
-from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, advice, number, sentence, usage
+from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, advice, number, patch_usage, sentence, usage
 
 Lines = list[dict[str, Any]]
 
@@ -35,7 +35,10 @@ def page(manifest: dict[str, Any], lines: Lines) -> str:
     notes = [f"{note[0].upper()}{note[1:]}." for note in results.get("notes", ())]
     notes.append("One seed: small differences between runs like this one are chance.")
     details = manifest.get("details", {})
-    use = pages.section("Use the model", pages.code(usage(settings["task"], "RUN/model")))
+    lines_of_code = usage(settings["task"], "RUN/model")
+    if settings.get("save") == "delta":
+        lines_of_code = patch_usage(Path(settings["model"]).name or settings["model"], "RUN/delta")
+    use = pages.section("Use the model", pages.code(lines_of_code))
     blocks = [
         pages.table(_scores(manifest)),
         pages.section("The course of the run", pages.charts(_course(manifest, lines))),

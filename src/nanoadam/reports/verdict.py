@@ -70,6 +70,11 @@ def usage(task: str, model: str, labels: bool = True) -> list[str]:
     ]
 
 
+def patch_usage(base: str, folder: str) -> list[str]:
+    """Lines of Python that make a finetuned model of its base and a patch."""
+    return ["from nanoadam.finetuning import patches", f'model = patches.load("{base}", "{folder}")']
+
+
 def advice(manifest: dict[str, Any]) -> list[str]:
     """What to try next, from what the run was."""
     results, settings = manifest["results"], manifest["settings"]
