@@ -540,11 +540,22 @@ class NanoAdam(Optimizer):
         Raises:
             ValueError: if the parameter is not one of this optimizer.
         """
+        selection = self.selection(parameter)
+        if selection is None or not isinstance(selection.layout, ColumnLayout):
+            return None
+        return selection.index[selection.index >= 0].long()
+
+    def selection(self, parameter: Tensor) -> Selection | None:
+        """What the last update moved, as it is kept: the optimizer's own index, and how it counts.
+
+        None for a dense tensor. In a selection hook it is still the old one.
+
+        Raises:
+            ValueError: if the parameter is not one of this optimizer.
+        """
         self._check_member(parameter)
         slot = self._slots.get(parameter)
-        if slot is None or slot.selection is None or not isinstance(slot.layout, ColumnLayout):
-            return None
-        return slot.selection.index[slot.selection.index >= 0].long()
+        return None if slot is None else slot.selection
 
     def register_selection_pre_hook(self, hook: Callable[[NanoAdam, list[Tensor]], None]) -> RemovableHandle:
         """Have `hook(optimizer, parameters)` called before the selections of these parameters are replaced.

@@ -89,6 +89,6 @@ def for_trainer(
         )
     complete = {name: given.get(name, option.default) for name, option in known.items() if name != "params"}
     checks.check_release(*(complete[name] for name in ("gradient_release", "release_bytes", "local")))
-    checks.check_options({**complete, "dense": False}, "every group")
+    checks.check_options({**complete, "dense": False, "transposed": False}, "every group")
     check_head_lr(head_lr)
     return TrainerFactory, {**given, "dense": dense, "selected": selected, "head_lr": head_lr}

@@ -237,39 +237,38 @@ def test_what_was_frozen_after_it_was_trained_is_sent():
     assert same(server.state_dict(), model.state_dict())
 
 
-def test_whole_columns():
-    """What an optimizer that selects columns says of them; the weights are moved here."""
-
-    class Columns(nanoadam.NanoAdam):
-        chosen = torch.tensor([3, 7])
-
-        def columns(self, parameter):
-            return self.chosen if parameter is model.wide.weight else None
-
-    model = Tiny()
+@pytest.mark.parametrize("every", [1, 5, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_columns(dtype, every):
+    model = Tiny(dtype)
     server = copy.deepcopy(model)
-    optimizer = Columns(nanoadam.param_groups(model), lr=1e-3, density=0.01)
+    optimizer = make(model, granularity="column")
     recorder = delta.Recorder(model, optimizer)
+    kinds = set()
+    for i in range(100):
+        step(model, optimizer, i)
+        if (i + 1) % every == 0:
+            patch = recorder.patch()
+            kinds |= {entry.kind for name, entry in patch.entries.items() if name == "wide.weight"}
+            delta.apply(server, patch)
+            assert same(server.state_dict(), model.state_dict()), i
+    assert kinds == {"columns"} if every < 37 else kinds <= {"columns", "dense"}
 
-    def move(columns):
-        optimizer.chosen = torch.tensor(columns)
-        with torch.no_grad():
-            model.wide.weight[:, columns] += 0.5
-        for group in optimizer.param_groups:
-            group["steps"] += 1
 
-    move([3, 7])
-    patch = recorder.patch()
-    assert (patch["wide.weight"].kind, patch["wide.weight"].parts["columns"].tolist()) == ("columns", [3, 7])
-    delta.apply(server, patch)
-    move([3, 7])
-    recorder._note([model.wide.weight])  # before the selection is replaced
-    move([0, 7, 23])
-    patch = recorder.patch()
-    assert patch["wide.weight"].parts["columns"].tolist() == [0, 3, 7, 23]
-    delta.apply(server, patch)
-    assert torch.equal(server.wide.weight, model.wide.weight)
-    assert "wide.weight" not in recorder.patch()
+def test_whole_columns_that_are_rows():
+    model = nn.Sequential(nn.Linear(20, 20, bias=False))
+    server = copy.deepcopy(model)
+    groups = [{"params": list(model.parameters()), "granularity": "column", "transposed": True}]
+    optimizer = nanoadam.NanoAdam(groups, lr=1e-2, density=0.1, mask_interval=3)
+    recorder = delta.Recorder(model, optimizer)
+    for _ in range(10):
+        model(torch.randn(4, 20)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        patch = recorder.patch()
+        assert patch.count % 20 == 0
+        delta.apply(server, patch)
+        assert same(server.state_dict(), model.state_dict())
 
 
 def test_what_is_refused():

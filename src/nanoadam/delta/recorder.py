@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from nanoadam.chunks import ColumnLayout, Layout
 from nanoadam.delta import ops
 from nanoadam.delta.bits import extent, offsets
 from nanoadam.delta.diffing import versions
@@ -158,55 +159,50 @@ class Recorder:
         group = self.optimizer.param_groups[i]
         return i >= len(self._steps) or group["steps"] != self._steps[i] or bool(group["capturable"])
 
-    def _moved(self) -> dict[Tensor, Selection | Tensor]:
-        """The present selections of what steps have moved since the last call; of whole columns, which ones."""
-        found: dict[Tensor, Selection | Tensor] = {}
+    def _moved(self) -> dict[Tensor, Selection]:
+        """The present selections of what steps have moved since the last call."""
+        found: dict[Tensor, Selection] = {}
         for i, group in enumerate(self.optimizer.param_groups):
             for parameter in group["params"] if self._has_moved(i) else ():
-                selection = self._selection(parameter)
+                selection = self.optimizer.selection(parameter)
                 if selection is not None:
                     found[parameter] = selection
         return found
-
-    def _selection(self, parameter: Tensor) -> Selection | Tensor | None:
-        columns = getattr(self.optimizer, "columns", None)  # where the optimizer selects whole columns
-        chosen: Tensor | None = None if columns is None else columns(parameter)
-        if chosen is not None:
-            return chosen
-        slot = self.optimizer._slots.get(parameter)
-        return None if slot is None else slot.selection
 
     def _note(self, parameters: Sequence[Tensor]) -> None:
         """Keep the selections of parameters that are about to be replaced."""
         moved = self._moved()
         for parameter in parameters:
             old = moved.get(parameter)
-            if isinstance(old, Tensor):
+            if old is not None and isinstance(old.layout, ColumnLayout):
                 self._columns[parameter] = self._marked(parameter, old)
             elif old is not None:
                 kept = Selection(old.index.clone(), old.layout)
                 self._touched.setdefault(parameter, _Touched()).add(kept, parameter.detach())
 
-    def _marked(self, parameter: Tensor, columns: Tensor) -> Tensor:
-        """The columns that were selected before, and these: bool."""
-        before = self._columns.get(parameter)
-        marks = torch.zeros(parameter.shape[-1], dtype=torch.bool, device=parameter.device)
-        marks = marks if before is None else before.to(parameter.device, copy=True)
-        return marks.index_fill_(0, columns.to(torch.int64), True)
+    def _marked(self, parameter: Tensor, selection: Selection | None) -> Tensor:
+        """The columns that were selected before, and these: bool [columns]."""
+        marks = self._columns.get(parameter)
+        if selection is None:
+            assert marks is not None
+            return marks
+        lay = selection.layout
+        assert isinstance(lay, ColumnLayout)
+        if marks is None:
+            marks = torch.zeros(lay.columns, dtype=torch.bool, device=parameter.device)
+        found = torch.zeros(lay.columns + 1, dtype=torch.bool, device=parameter.device)  # the last for empty places
+        return marks.to(parameter.device) | found.index_fill_(0, selection.index.long() % (lay.columns + 1), True)[:-1]
 
     def _places(self, selected: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """What may have moved, as parts of entries, by name."""
         moved = self._moved()
         found: dict[str, dict[str, Tensor]] = {}
         alone: dict[torch.device, dict[str, Selection]] = {}
+        columns: dict[str, Tensor] = {}
         for name, parameter in selected.items():
             weight, present = parameter.detach(), moved.get(parameter)
-            if isinstance(present, Tensor) or parameter in self._columns:
-                now = weight.new_empty(0, dtype=torch.int64) if present is None else present
-                assert isinstance(now, Tensor)
-                columns = self._marked(parameter, now).nonzero().view(-1)
-                values = weight.reshape(-1, weight.shape[-1])[:, columns].contiguous()
-                found[name] = {"columns": columns.to(torch.int32), "values": values}
+            if parameter in self._columns or (present is not None and isinstance(present.layout, ColumnLayout)):
+                columns[name] = self._marked(parameter, present)
             elif parameter in self._touched:
                 positions = self._touched[parameter].positions(weight, present)
                 values = extent(weight)[offsets(positions.to(torch.int64), weight)].view(weight.dtype)
@@ -216,9 +212,38 @@ class Recorder:
         for device, mine in alone.items():
             weights = [selected[name].detach() for name in mine]
             indices, layouts = [each.index for each in mine.values()], [each.layout for each in mine.values()]
-            collected = ops.backend(device).collect(weights, indices, layouts)
+            collected = ops.backend(device).collect(weights, indices, cast(list[Layout], layouts))
             found |= {name: {"positions": p, "values": v} for name, (p, v) in zip(mine, collected, strict=True)}
+        for name, marked in _numbers(columns).items():
+            present = self.optimizer.selection(selected[name])
+            assert present is not None
+            assert isinstance(present.layout, ColumnLayout)
+            transposed = present.layout.transposed
+            found[name] = _column_parts(selected[name].detach(), marked, transposed)
         return {name: found[name] for name in selected if name in found}
+
+
+def _numbers(marks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which are marked: int32, ascending, by name. The host waits once a device."""
+    found: dict[str, Tensor] = {}
+    for device in {each.device for each in marks.values()}:
+        names = [name for name, each in marks.items() if each.device == device]
+        joined = torch.cat([torch.arange(marks[name].numel(), dtype=torch.int32, device=device) for name in names])
+        counts = torch.stack([marks[name].sum() for name in names]).tolist()
+        chosen = joined[torch.cat([marks[name] for name in names])]
+        found |= dict(zip(names, chosen.split(counts), strict=True))
+    return found
+
+
+def _column_parts(weight: Tensor, chosen: Tensor, transposed: bool) -> dict[str, Tensor]:
+    """Parts of an entry for whole columns, which are rows of a weight that is kept transposed."""
+    if not transposed:
+        return {"columns": chosen, "values": weight.reshape(-1, weight.shape[-1]).index_select(1, chosen)}
+    width = weight.shape[1]
+    positions = chosen.long()[:, None] * width + torch.arange(width, device=weight.device)
+    small = weight.numel() < 2**31
+    values = weight.index_select(0, chosen).view(-1)
+    return {"positions": positions.view(-1).to(torch.int32 if small else torch.int64), "values": values}
 
 
 @dataclass
@@ -248,6 +273,7 @@ class _Touched:
             marks = _unpack(self.mask.to(weight.device), numel)
         own = ops.backend(weight.device)
         for each in (*self.selections, *more):
+            assert isinstance(each.layout, Layout)
             ((positions, _),) = own.collect([weight], [each.index.to(weight.device)], [each.layout])
             marks[positions.to(torch.int64)] = True
         return marks
