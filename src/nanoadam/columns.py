@@ -17,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +55,7 @@ class Served:
     def renew(self) -> None:
         """Follow a new selection. Where that was made in place, so is this: a captured graph goes on reading it."""
         selection = self.slot.selection
-        if selection is None or self.slot.unselected or self.in_vain:
+        if selection is None or self.slot.unselected or self.in_vain or id(self.weight) in _whole:
             self.leaf = self.index = self.selection = None
             return
         if isinstance(selection.layout, ColumnLayout):
@@ -74,6 +75,9 @@ class Served:
 
 _served: dict[int, Served] = {}
 """By the identity of the weight. Weights live as long as what serves them."""
+
+_whole: Counter[int] = Counter()
+"""How many want to see the whole gradient of a weight, by its identity."""
 
 _forwards: dict[type[nn.Module], Callable[..., Tensor]] = {}
 """The forward functions that have been replaced."""
@@ -99,6 +103,39 @@ def serve(weight: Tensor, slot: Slot, owner: Owner, dtype: torch.dtype, keep_zer
 def leave(weight: Tensor) -> None:
     """Let layers compute the whole gradient of a weight again."""
     _forget(id(weight), _served.get(id(weight)))
+
+
+def whole(identities: Iterable[int]) -> Callable[[], None]:
+    """Let layers compute the whole gradients of some weights, which somebody wants to see, served or not.
+
+    Hooks made before the optimizer then see the dense gradient, and the optimizer cuts it down as it does any other.
+    To be called between steps.
+
+    Args:
+        identities: `id(weight)` of each: weights that hooks belong to must not be held by what those hooks hold.
+
+    Returns:
+        What ends the request.
+    """
+    keys = list(identities)
+    _whole.update(keys)
+    _renew(keys)
+
+    def end() -> None:
+        for key in keys:
+            _whole[key] -= 1
+            if _whole[key] <= 0:
+                del _whole[key]
+        _renew(keys)
+        keys.clear()
+
+    return end
+
+
+def _renew(keys: Iterable[int]) -> None:
+    for key in keys:
+        if (served := _served.get(key)) is not None:
+            served.renew()
 
 
 def _forget(key: int, served: Served | None) -> None:
