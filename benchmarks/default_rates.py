@@ -22,7 +22,7 @@ import queue
 import random
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -421,13 +421,13 @@ def _matthews(guess: Any, label: Any, classes: int) -> float:
     return float((right * total - (true * said).sum()) / below) if below > 0 else 0.0
 
 
-def batches(order: Sequence[int], seed: int) -> Iterator[list[int]]:
+def batches(order: Sequence[int], seed: int, size: int = BATCH) -> Iterator[list[int]]:
     """Shuffled anew in each epoch, without end."""
     generator = random.Random(seed)
     while True:
         shuffled = generator.sample(list(order), len(order))
-        for start in range(0, len(shuffled) - BATCH + 1, BATCH):
-            yield shuffled[start : start + BATCH]
+        for start in range(0, len(shuffled) - size + 1, size):
+            yield shuffled[start : start + size]
 
 
 def do(task: Task, run: Run, deadline: float) -> dict[str, Any] | None:
@@ -568,22 +568,31 @@ def main() -> None:
         prepare(arguments.shared, arguments.minilm, arguments.out)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    def chosen(model: str) -> list[Run]:
+        return [run for run in plan(model) if not arguments.only or arguments.only in run.name]
+
+    shared_run(arguments, chosen, serve)
+
+
+def shared_run(arguments: Any, chosen: Callable[[str], Sequence[Any]], target: Callable[..., None]) -> None:
+    """The runs of each model in turn, in processes that share a GPU; `target` is what each process does."""
     deadline = time.time() + arguments.seconds
     models = arguments.models.split(",")
     for number, model in enumerate(models):
         until = deadline - (deadline - time.time()) * (len(models) - number - 1) / (len(models) - number)
-        runs = [run for run in plan(model) if not arguments.only or arguments.only in run.name]
-        left = _many(arguments, model, runs, until)
+        runs = chosen(model)
+        left = _many(arguments, model, runs, until, target)
         print(f"{model}: {len(runs) - left} of {len(runs)} runs done", flush=True)
 
 
-def _many(arguments: Any, model: str, runs: Sequence[Run], until: float) -> int:
+def _many(arguments: Any, model: str, runs: Sequence[Any], until: float, target: Callable[..., None]) -> int:
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for run in runs:
         jobs.put(run)
     workers = [
-        context.Process(target=serve, args=(str(arguments.data), model, jobs, results, until), daemon=True)
+        context.Process(target=target, args=(str(arguments.data), model, jobs, results, until), daemon=True)
         for _ in range(arguments.jobs)
     ]
     for worker in workers:
