@@ -85,6 +85,8 @@ MINILM: dict[str, Rule] = {
     "columns 10 %": column((1e-4, 3e-4, 6e-4, 1.2e-3)),
     "columns 10 %, once": column((1e-4, 3e-4, 6e-4, 1.2e-3), once=True),
     "columns 10 %, random": column((1e-4, 3e-4, 6e-4), criterion="random"),
+    "columns 10 %, random, once": column((1e-4, 3e-4, 6e-4), criterion="random", once=True),
+    "columns 10 %, largest": column((1e-4, 3e-4, 6e-4), criterion="largest", once=True),
     "columns 10 %, inputs smallest, once": column((1e-4, 3e-4, 6e-4), inputs=True, once=True),
     "rows 10 %": column((1e-4, 3e-4, 6e-4), rows="all"),
     "columns 25 %": column((1e-4, 3e-4, 6e-4), density=(0.25, 0.25)),
@@ -345,9 +347,8 @@ def _weighted(job: Job, model: Any, optimizer: nanoadam.NanoAdam) -> None:
 
 def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> None:
     """What a process does: runs until there are none or the time is over."""
-    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rates.share_gpu()
     known: dict[str, Job] = {}
     while time.time() < deadline:
         try:

@@ -527,13 +527,27 @@ def train(
     return model, losses, evaluations
 
 
+JOBS = "NANOADAM_BENCHMARK_JOBS"
+"""The variable that tells a process how many share its GPU."""
+
+
+def share_gpu() -> Any:
+    """The device; of a GPU's memory this process takes its part and no more."""
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_per_process_memory_fraction(0.93 / int(os.environ.get(JOBS, "1")))
+    return torch.device("cuda")
+
+
 def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> None:
     """What a process does: runs until there are none or the time is over."""
     import torch
 
-    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = share_gpu()
     tasks: dict[str, Task] = {}
     while time.time() < deadline:
         try:
@@ -587,6 +601,7 @@ def shared_run(arguments: Any, chosen: Callable[[str], Sequence[Any]], target: C
 
 
 def _many(arguments: Any, model: str, runs: Sequence[Any], until: float, target: Callable[..., None]) -> int:
+    os.environ[JOBS] = str(arguments.jobs)
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for run in runs:
