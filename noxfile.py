@@ -27,7 +27,7 @@ EXTRAS = {
     "triton": "triton",
     "cli": "typer,rich",
     "demo": "sklearn,scikit_learn,matplotlib,tomli_w",
-    "finetune": "transformers,datasets,accelerate,scipy,tqdm,PIL,pillow,filelock",
+    "finetune": "transformers,datasets,accelerate",  # the rest of it others bring too
     "sync": "zstandard",
     "baselines": "bitsandbytes,torchao,peft,pytorch_optimizer",
     "trl": "trl",
@@ -38,8 +38,6 @@ EXTRAS = {
 @nox.parametrize("torch", TORCHES)
 def versions(session: nox.Session, torch: str) -> None:
     """All tests with one torch in one Python; arguments after -- go to pytest."""
-    if session.python == "3.13" and torch == "2.6.0":
-        session.log("torch 2.6 has wheels for Python 3.13, its triton for Linux only")
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         lines = Path("constraints.txt").read_text().splitlines()
