@@ -15,11 +15,13 @@ from nanoadam.gradients import SelectedGradient
 from nanoadam.schedules import Intervals, Schedule
 from nanoadam.slots import is_dense, saved_layout
 
-_SHARDED: tuple[type, ...] = ()
+SHARDED: tuple[type, ...] = ()
+"""What parameters are whose weights lie on several processes."""
+
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
 
-    _SHARDED = (DTensor,)
+    SHARDED = (DTensor,)
 
 FIXED = ("dense", "state_dtype", "capturable", "granularity", "transposed")
 """Options that state is made by: they stay what they are."""
@@ -149,7 +151,7 @@ def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) ->
         if not isinstance(parameter, Tensor):
             continue  # torch refuses it
         called = f"parameter {name!r}" if name else f"parameter {i} of {where}"
-        if isinstance(parameter, _SHARDED):
+        if isinstance(parameter, SHARDED):
             raise TypeError(
                 f"{called} is a DTensor; NanoAdam does not train sharded parameters yet: "
                 "replicate them (DDP with gradient_release=False) or use another optimizer"

@@ -257,15 +257,19 @@ class NanoAdam(Optimizer):
         if bool(infinite):
             return loss
         inverse = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float()
-        for i, group in enumerate(self.param_groups):
-            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
+        self._select_missing()
         for i, group in enumerate(self.param_groups):
             self._update(i, inverse)
-            compiled = [s for s in self._members[i][0] if s.served is not None and s.forward_in < s.arrived_in]
+            compiled = [s for s in self._members[i][0] if _is_compiled(s)]
             group["steps"] += 1
             if compiled:  # their layers ask nobody before they compute: the coming step's selection is made now
                 self._refresh(i, compiled, overdue=any(slot.overdue for slot in compiled))
         return loss
+
+    def _select_missing(self) -> None:
+        """Select for the present step, where that is due and was not done."""
+        for i, group in enumerate(self.param_groups):
+            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
 
     def _open(self, slot: Slot, slots: Sequence[Slot]) -> None:
         """Select for the present step if that is due: for these slots of a group, which wait for it together.
@@ -432,6 +436,36 @@ class NanoAdam(Optimizer):
         if self.gradient_release and not self.local:
             checks.check_exchange([s.weight.grad for s in self._slots.values() if s.selection is not None])
         self._looked = seen
+
+    # For those who exchange gradients between processes
+
+    def _select_released(self) -> None:
+        """Select for the present step before its gradients are all there; not where a compiled layer still computes."""
+        for i, group in enumerate(self.param_groups):
+            if self._releases(i):
+                missing = [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]]
+                self._refresh(i, [slot for slot in missing if not _is_compiled(slot)])
+
+    def _released(self, parameter: Tensor) -> tuple[Slot | None, torch.dtype]:
+        """The slot whose selected entries `p.grad` has after a backward, and their dtype; None where it stays dense."""
+        slot, i = self._slots.get(parameter), self._group_of.get(parameter, -1)
+        if slot is None or slot.selection is None or not self._releases(i):
+            return None, parameter.dtype
+        return slot, self.param_groups[i]["grad_dtype"]
+
+    def _put(self, slot: Slot, values: Tensor) -> None:
+        """Let these be the entries of `p.grad`, other processes' gradients among them."""
+        gradient, group = slot.weight.grad, self.param_groups[self._group_of[slot.weight]]
+        assert slot.selection is not None
+        if type(gradient) is not SelectedGradient or gradient._box.selection is not slot.selection:
+            box = Box(slot.selection, dtype=group["grad_dtype"], slot=slot, accumulator=self._release)
+            gradient = slot.weight.grad = SelectedGradient(box, slot.weight)
+        if slot.selected_for != group["steps"]:  # as where it has arrived, from a compiled layer
+            slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
+        slot.arrived_in = group["steps"]
+        box = gradient._box
+        box.stored, box.pending = values.to(box.dtype), None
+        box.exchanged, box.zeroed = True, False
 
     def _releases(self, i: int) -> bool:
         """Whether the gradients of a group's selected tensors are released; not if they decide the selection."""
@@ -622,7 +656,7 @@ class NanoAdam(Optimizer):
                 for slot in self._members[i][0]:
                     if slot.steps - slot.restamped >= MAX_AGE // 2:
                         reference.restamp(slot)
-            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
+        self._select_missing()
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state: indices, moments, entry steps and step counts of all tensors."""
@@ -724,6 +758,11 @@ def _density(group: Mapping[str, Any], step: int) -> float:
 def _asks_before_forward(slot: Slot) -> bool:
     """Whether its layer computes with the columns that are selected, so that gradients come for those."""
     return slot.served is not None and slot.served.leaf is not None
+
+
+def _is_compiled(slot: Slot) -> bool:
+    """Whether a gradient came last from a layer that did not ask before: a compiled one."""
+    return slot.served is not None and slot.forward_in < slot.arrived_in
 
 
 def _as_dense(gradient: Tensor) -> Tensor:
