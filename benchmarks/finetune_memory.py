@@ -39,12 +39,24 @@ PEERS_THEN = {
         "lora": (52.4, 447),
     },
 }
-# (model, batch, checkpointing) -> density -> (largest peak GB, largest share of AdamW's time)
-GOALS: dict[tuple[str, int, bool], dict[float, tuple[float, float | None]]] = {
-    ("llama-2-7b", 1, True): {0.01: (15.2, 1.0), 0.1: (19.5, None)},
-    ("llama-2-7b", 8, False): {0.01: (41.0, 0.93)},
+# (model, batch, checkpointing) -> method -> (largest peak GB, largest share of AdamW's time)
+GOALS: dict[tuple[str, int, bool], dict[str, tuple[float, float | None]]] = {
+    ("llama-2-7b", 1, True): {
+        "nanoadam:0.01": (15.1, 1.0),
+        "nanoadam:0.01+head": (14.4, None),
+        "nanoadam:0.1": (19.5, None),
+        "columns:0.01": (15.0, None),
+        "columns:0.01+head": (14.3, None),
+        "columns:0.1": (19.0, None),
+    },
+    ("llama-2-7b", 8, False): {
+        "nanoadam:0.01": (41.0, 0.93),
+        "columns:0.01": (35.5, 0.72),
+        "columns:0.1": (38.0, 0.76),
+    },
 }
-PEERS = ("adamw", "sgd", "lora", "bitsandbytes", "torchao")
+PEERS = ("adamw", "sgd", "lora", "shira", "bitsandbytes", "torchao")
+OURS = {"nanoadam": "weight", "columns": "column"}
 RANK = 32
 
 
@@ -123,34 +135,47 @@ def batch_of(model: nn.Module, name: str, size: int, sequence: int, device: torc
 
 @dataclass(frozen=True)
 class Method:
-    """One way to finetune: `adamw`, ..., or `nanoadam` with a density."""
+    """One way to finetune: `adamw`, ..., or NanoAdam with single weights or whole columns of a density."""
 
     name: str
     density: float | None = None
+    head: bool = False  # select from the head as well
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        name, _, density = text.partition(":")
-        if name == "nanoadam":
-            return cls(name, float(density or 0.01))
-        if name not in PEERS or density:
-            raise ValueError(f"optimizers are {', '.join(PEERS)} and nanoadam:DENSITY; got {text!r}")
+        whole, plus, what = text.partition("+")
+        name, _, density = whole.partition(":")
+        if name in OURS and (not plus or what == "head"):
+            return cls(name, float(density or 0.01), bool(plus))
+        if name not in PEERS or density or plus:
+            ours = ", ".join(f"{each}:DENSITY[+head]" for each in OURS)
+            raise ValueError(f"optimizers are {', '.join(PEERS)}, {ours}; got {text!r}")
         return cls(name)
+
+    def __str__(self) -> str:
+        return self.name if self.density is None else f"{self.name}:{self.density:g}{'+head' * self.head}"
 
     def title(self, options: argparse.Namespace) -> str:
         if self.density is not None:
-            return f"NanoAdam k = {100 * self.density:g} %"
-        adapters = f"LoRA r = {RANK}, {options.lora_dtype} adapters"
+            columns = ", columns" if self.name == "columns" else ""
+            return f"NanoAdam k = {100 * self.density:g} %{columns}{', head too' if self.head else ''}"
+        adapters = f"r = {RANK}, {options.lora_dtype} adapters"
         names = {"adamw": "AdamW fused", "sgd": "SGD", "bitsandbytes": "bitsandbytes AdamW8bit"}
-        return {**names, "torchao": "torchao AdamW8bit", "lora": adapters}[self.name]
+        adapted = {"lora": f"LoRA {adapters}", "shira": f"SHiRA {adapters}"}
+        return {**names, **adapted, "torchao": "torchao AdamW8bit"}[self.name]
 
     def prepare(self, model: nn.Module, options: argparse.Namespace) -> nn.Module:
         """The model to train: with adapters for LoRA."""
-        if self.name != "lora":
+        if self.name not in ("lora", "shira"):
             return model
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, ShiraConfig, get_peft_model
 
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear")
+        config: LoraConfig | ShiraConfig = LoraConfig(
+            r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear"
+        )
+        if self.name == "shira":
+            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            config = ShiraConfig(r=RANK, target_modules=[name for name in linear if name != "lm_head"])
         adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
         dtype = common.DTYPES[options.lora_dtype]
         for parameter in adapted.parameters():
@@ -161,7 +186,11 @@ class Method:
     def optimizer(self, model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
         if self.density is not None:
             return nanoadam.NanoAdam(
-                nanoadam.param_groups(model),
+                nanoadam.param_groups(
+                    model,
+                    granularity=OURS[self.name],
+                    selected="lm_head" if self.head else (),
+                ),
                 lr=1e-5,
                 density=self.density,
                 mask_interval=options.mask_interval,
@@ -202,7 +231,10 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
     is_nano = isinstance(optimizer, nanoadam.NanoAdam)
     found: dict[str, Any] = {
         "method": method.title(options),
+        "given": str(method),
         "optimizer": method.name,
+        "granularity": OURS.get(method.name),
+        "head": "selected" if method.head else "dense",
         "density": method.density,
         "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     }
@@ -241,6 +273,8 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
     if after_peak is not None:
         known = sum(size for size in kinds.values() if size is not None)
         kinds["rest at peak"] = after_peak - empty - known
+    if options.profile:
+        found["kernels_ms"] = kernel_times(iteration, device)
     found["finite"] = math.isfinite(loss.item())
     found["loss"] = loss.item() if found["finite"] else None
     found["ms"] = statistics.median(times)
@@ -251,6 +285,35 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
     found["bytes_between_iterations"] = None if between is None else between - empty
     found["peak_bytes"]["training"] = None if after_peak is None else max(after_peak, warmup_peak)
     return found
+
+
+KERNELS = {
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv"),
+    "attention": ("flash", "fmha", "attention", "cudnn"),
+    "selected columns of inputs": ("indexSelect", "index_select"),
+    "copies": ("Memcpy", "Memset"),
+}
+"""What a kernel is for, by parts of its name; the first that fits."""
+
+
+def kernel_times(iteration: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Milliseconds of the device in one iteration, by what they are for; ours are Triton's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from nanoadam.ops import column_kernels, kernels, selection
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        iteration()
+        torch.cuda.synchronize(device)
+    ours = {name for module in (column_kernels, kernels, selection) for name in vars(module)}
+    times: dict[str, float] = {}
+    for event in found.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+            continue
+        kinds = (kind for kind, parts in KERNELS.items() if any(part in event.name for part in parts))
+        kind = "NanoAdam" if event.name in ours else next(kinds, "elementwise and the rest")
+        times[kind] = times.get(kind, 0.0) + event.device_time_total / 1000
+    return times
 
 
 def render(results: list[dict[str, Any]], skipped: dict[str, str], options: argparse.Namespace) -> str:
@@ -266,8 +329,8 @@ def render(results: list[dict[str, Any]], skipped: dict[str, str], options: argp
         noted = "-"
         if result["optimizer"] in then:
             noted = "then {} GB, {} ms".format(*then[result["optimizer"]])
-        elif result["density"] in goals:
-            most, share = goals[result["density"]]
+        elif result["given"] in goals:
+            most, share = goals[result["given"]]
             noted = f"goal {most:g} GB" + ("" if share is None else f", {share:g} of AdamW")
         rows.append(
             [
@@ -301,6 +364,11 @@ def render(results: list[dict[str, Any]], skipped: dict[str, str], options: argp
         common.table(header, rows),
         *(f"left out: {name}: {reason}" for name, reason in skipped.items()),
     ]
+    profiled = [result for result in results if "kernels_ms" in result]
+    if profiled:
+        kinds = sorted({kind for result in profiled for kind in result["kernels_ms"]})
+        rows = [[result["method"], *(result["kernels_ms"].get(kind) for kind in kinds)] for result in profiled]
+        lines += ["", "milliseconds of the device in one iteration", common.table(["", *kinds], rows)]
     return "\n".join(lines)
 
 
@@ -316,7 +384,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     add("--sequence", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations")
     default = "adamw,sgd,lora,bitsandbytes,nanoadam:0.001,nanoadam:0.01,nanoadam:0.1"
-    add("--optimizers", default=default, help=f"of {', '.join(PEERS)}, nanoadam:DENSITY (default: %(default)s)")
+    ours = "nanoadam:DENSITY (single weights), columns:DENSITY, either with +head to select from the head as well"
+    add("--optimizers", default=default, help=f"of {', '.join(PEERS)}, {ours} (default: %(default)s)")
     add("--steps", type=int, default=20, help="timed iterations (default: %(default)s)")
     add("--warmup", type=int, default=4, help="iterations before them (default: %(default)s)")
     add("--dtype", default="bfloat16", choices=common.DTYPES, help="of the weights (default: %(default)s)")
@@ -325,12 +394,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     add("--mask-interval", type=int, default=100, help="steps between refreshes (default: %(default)s)")
     add("--max-grad-norm", type=float, help="clip by torch's clip_grad_norm_ (default: no clipping)")
     add("--release-bytes", type=int, help="dense gradients that are compacted together (default: NanoAdam's)")
+    add("--profile", action="store_true", help="say what the device's time goes to in one iteration more")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--json", metavar="FILE", help='write the results there; "-" for stdout')
     options = parser.parse_args(arguments)
     for name in ("batch", "sequence", "steps", "warmup", "mask_interval"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.profile and not options.device.startswith("cuda"):
+        parser.error("--profile is for GPUs")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU here: pass --device cpu")
     return parser, options

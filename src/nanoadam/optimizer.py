@@ -284,7 +284,6 @@ class NanoAdam(Optimizer):
         if slot.selected_for != t:
             self._refresh(i, [other for other in slots if other.selected_for != t])
 
-    @torch.no_grad()
     def _before_forward(self, slot: Slot) -> None:
         """A layer is about to compute with the columns of a slot, or with those of another that shares its weight."""
         weight, group = slot.weight, self.param_groups[self._group_of.get(slot.weight, 0)]
@@ -293,7 +292,8 @@ class NanoAdam(Optimizer):
             if weight not in self._slots:
                 return
             slot, i = self._slots[weight], self._group_of[weight]
-            self._open(slot, [other for other in self._members[i][0] if other.served is not None])
+            with torch.no_grad():
+                self._open(slot, [other for other in self._members[i][0] if other.served is not None])
         slot.forward_in = self.param_groups[self._group_of[weight]]["steps"]
 
     def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:

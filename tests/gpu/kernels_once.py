@@ -36,6 +36,29 @@ def train(dtype, density, device="cuda", **options):
             opt.zero_grad()
 
 
+def train_columns(dtype, density, device="cuda", transposed=False, **options):
+    torch.manual_seed(0)
+    shapes = [(40, 130), (3, 4500), (1, 1), (64, 700), (2100, 33)]
+    model = torch.nn.ModuleList(torch.nn.Linear(i, o, device=device, dtype=dtype) for o, i in shapes)
+    words = torch.nn.Embedding(90, 24, device=device, dtype=dtype)
+    groups = [
+        {"params": [m.weight for m in model], "granularity": "column", "transposed": transposed},
+        {"params": [words.weight], "roles": ["embedding"]},
+        {"params": [m.bias for m in model], "dense": True},
+    ]
+    opt = NanoAdam(groups, lr=1e-3, density=density, mask_interval=2, **options)
+    for _ in range(5):
+        loss = words(torch.randint(0, 90, (40,), device=device)).float().square().sum()
+        for m in model:
+            if transposed:  # by a layer that is not nn.Linear: its gradient comes whole
+                loss = loss + (torch.randn(7, m.out_features, device=device, dtype=dtype) @ m.weight).float().sum()
+            else:
+                loss = loss + m(torch.randn(7, m.in_features, device=device, dtype=dtype)).float().square().sum()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+
+
 def train_microadam(dtype, device="cuda", **options):
     parameters = awkward(dtype, device)
     opt = MicroAdam(parameters, lr=1e-3, density=0.05, window=3, **options)
@@ -53,6 +76,12 @@ if __name__ == "__main__":
     train(torch.float32, 0.1, criterion="random", keep_zeros=True)
     train(torch.bfloat16, 0.1, criterion="largest", moments="reset")
     train(torch.float16, 0.1, criterion="gradient")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        train_columns(dtype, 0.1)
+    train_columns(torch.bfloat16, linear(0.4, 0.05, total_steps=4, interval=1), state_dtype=torch.float32)
+    train_columns(torch.float32, 0.2, transposed=True, criterion="random")
+    train_columns(torch.float32, 0.2, keep_zeros=True, criterion="largest", grad_dtype=torch.bfloat16)
+    train_columns(torch.float32, 0.2, moments="reset", gradient_release=False)
     train_microadam(torch.bfloat16)
     train_microadam(torch.float32, stochastic_rounding=False)
     train_microadam(torch.float16, weight_decay=0.1)  # every weight moves

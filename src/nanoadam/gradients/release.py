@@ -142,6 +142,11 @@ class GradientRelease:
                 return
             slot, dtype = found
             assert slot.selection is not None
+            if type(gradient) is SelectedGradient:
+                box = gradient._box
+                if box.selection is slot.selection and box.values.dtype == dtype and box.fill == 0:  # a layer made it
+                    box.slot, box.accumulator = slot, self
+                    return
             box = Box(slot.selection, dtype=dtype, slot=slot, accumulator=self)
             parameter.grad = SelectedGradient(box, parameter)
             self._gather(box, gradient.detach())
