@@ -79,7 +79,8 @@ def items_of(named: Iterable[tuple[str, Tensor]], optimizer: NanoAdam) -> list[I
 
 def signature(items: Iterable[Item]) -> int:
     """A number of 32 bits that tells plans apart."""
-    return zlib.crc32(repr([(item.name, item.slot is None, str(item.dtype), tuple(item.shape)) for item in items]).encode())
+    plan = [(item.name, item.slot is None, str(item.dtype), tuple(item.shape)) for item in items]
+    return zlib.crc32(repr(plan).encode())
 
 
 @dataclass(eq=False)

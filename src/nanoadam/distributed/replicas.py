@@ -161,7 +161,7 @@ class Replica:
         fresh = self._summed != (selections, period)
         if fresh or self._sums is None:
             self._sums, self._summed = agreement.checksums(items), (selections, period)
-        steps = sum(group["steps"] for group in optimizer.param_groups)
+        steps = max(group["steps"] for group in optimizer.param_groups)
         self._agreement = Agreement(items, steps, self._sums, self._group)
         self.sent_bytes += agreement.BYTES
         # Buffers of unequal lengths would hang. A GPU is waited for only where what travels may have changed.
@@ -232,9 +232,7 @@ class Replica:
             self._agreement = None
 
 
-def _check(
-    model: nn.Module, optimizer: NanoAdam, group: dist.ProcessGroup | None
-) -> list[tuple[str, Tensor]]:
+def _check(model: nn.Module, optimizer: NanoAdam, group: dist.ProcessGroup | None) -> list[tuple[str, Tensor]]:
     """The model's parameters by name, each once.
 
     Raises:
@@ -247,7 +245,9 @@ def _check(
             "torch.distributed is not initialised: start with torchrun and call torch.distributed.init_process_group()"
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError("replicate() takes the place of DistributedDataParallel: give it the model inside, model.module")
+        raise TypeError(
+            "replicate() takes the place of DistributedDataParallel: give it model.module, the model inside"
+        )
     named: list[tuple[str, Tensor]] = list(model.named_parameters())
     if not any(parameter.requires_grad for _, parameter in named):
         raise ValueError("the model has no parameter that is trained, so there is nothing to exchange")
@@ -262,8 +262,8 @@ def _check(
     foreign = next((parameter for parameter in theirs if id(parameter) not in known), None)
     if foreign is not None:
         raise ValueError(
-            f"the optimizer has a parameter of shape {tuple(foreign.shape)} that is not in the model: make it from this "
-            "model's parameters"
+            f"the optimizer has a parameter of shape {tuple(foreign.shape)} that is not in the model: make it from "
+            "this model's parameters"
         )
     if dist.get_backend(group) == "nccl" and any(parameter.device.type == "cpu" for _, parameter in named):
         raise ValueError("NCCL exchanges what is on GPUs, but the model is on the CPU: move it there first")
@@ -287,7 +287,7 @@ def _broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> in
             mine = agreement.in_memory(tensor)
             if mine.data_ptr() != part.data_ptr():
                 mine.copy_(part)
-            if mine.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # its weights do not lie together
+            if mine.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # a copy: there are gaps
                 tensor.copy_(mine.view(tensor.dtype).view(tensor.shape))
     return count
 
