@@ -20,7 +20,7 @@ LAYERS = (
     ("checks", "groups", "state"),
     ("columns", "gradients", "slots"),
     ("ops", "schedules"),
-    ("chunks", "text"),
+    ("chunks", "shards", "text"),
 )
 EXTRAS = re.compile(r"nanoadam\.(__main__|cli|demo|paper|comparing|finetuning|reports|baselines|callback)\b")
 

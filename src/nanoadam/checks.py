@@ -13,15 +13,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from nanoadam.gradients import SelectedGradient
 from nanoadam.schedules import Intervals, Schedule
+from nanoadam.shards import is_sharded_along, part_of
 from nanoadam.slots import is_dense, saved_layout
-
-SHARDED: tuple[type, ...] = ()
-"""What parameters are whose weights lie on several processes."""
-
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-
-    SHARDED = (DTensor,)
 
 FIXED = ("dense", "state_dtype", "capturable", "granularity", "transposed")
 """Options that state is made by: they stay what they are."""
@@ -151,10 +144,11 @@ def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) ->
         if not isinstance(parameter, Tensor):
             continue  # torch refuses it
         called = f"parameter {name!r}" if name else f"parameter {i} of {where}"
-        if isinstance(parameter, SHARDED):
-            raise TypeError(
-                f"{called} is a DTensor; NanoAdam does not train sharded parameters yet: "
-                "replicate them (DDP with gradient_release=False) or use another optimizer"
+        part_of(parameter, called)
+        if options["granularity"] == "column" and is_sharded_along(parameter, 0 if options["transposed"] else 1):
+            raise ValueError(
+                f"{called} is sharded along its inputs, so no process has a whole column of it: use "
+                "granularity='weight' for it"
             )
         if isinstance(parameter, UninitializedParameter):
             raise TypeError(f"{called} has no shape yet; run the model once before making the optimizer")

@@ -25,6 +25,7 @@ from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
+from nanoadam.shards import SHARDED, like, local
 from nanoadam.slots import by_device, empty, layout_of, make_slot
 
 
@@ -135,6 +136,7 @@ class NanoAdam(Optimizer):
         self._counts: dict[int, list[Tensor]] = {}  # for each group: the steps that its members share
         self._seen: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
         self._looked = False  # at the first gradients, whether they are what they should be
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which step() was called
         self._release = GradientRelease(self, self.release_bytes)
         self._selection_hooks: dict[int, Callable[[NanoAdam, list[Tensor]], None]] = OrderedDict()
 
@@ -191,7 +193,7 @@ class NanoAdam(Optimizer):
                 if trained and slot.selection is not None:
                     self._release.hold(parameter)
                 embedding = j < len(group.get("roles", ())) and group["roles"][j] == "embedding"
-                wanted = trained and self._releases(i) and slot.selection is not None
+                wanted = trained and self._releases(i) and slot.selection is not None and slot.part is None
                 wanted = wanted and parameter.dim() == 2 and (embedding or isinstance(slot.layout, ColumnLayout))
                 if wanted and slot.served is None:
                     slot.served = columns.serve(parameter, slot, self, group["grad_dtype"], group["keep_zeros"])
@@ -203,6 +205,7 @@ class NanoAdam(Optimizer):
         self._release.let_go(gone)
         for parameter in gone:
             columns.leave(parameter)
+            self.state.pop(parameter, None)
         self._seen = self._present()
 
     def _present(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -258,6 +261,8 @@ class NanoAdam(Optimizer):
             return loss
         inverse = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float()
         self._select_missing()
+        for device in {s.weight.device for s in self._slots.values() if s.part is not None and s.weight.is_cuda}:
+            self._streams[device] = torch.cuda.current_stream(device)
         for i, group in enumerate(self.param_groups):
             self._update(i, inverse)
             compiled = [s for s in self._members[i][0] if _is_compiled(s)]
@@ -276,7 +281,7 @@ class NanoAdam(Optimizer):
 
         If a first gradient has arrived already in this step, it was thrown away since: weights may have changed.
         """
-        i = self._group_of[slot.weight]
+        i = self._group_of[slot.parameter]
         t = self.param_groups[i]["steps"]
         if slot.arrived_in == t:
             for other in slots:
@@ -286,7 +291,7 @@ class NanoAdam(Optimizer):
 
     def _before_forward(self, slot: Slot) -> None:
         """A layer is about to compute with the columns of a slot, or with those of another that shares its weight."""
-        weight, group = slot.weight, self.param_groups[self._group_of.get(slot.weight, 0)]
+        weight, group = slot.parameter, self.param_groups[self._group_of.get(slot.parameter, 0)]
         if slot.selected_for != group["steps"] or (slot.arrived_in == group["steps"] and is_zeroed(weight.grad)):
             self._follow()
             if weight not in self._slots:
@@ -314,7 +319,7 @@ class NanoAdam(Optimizer):
             if slot.selected_for != group["steps"]:  # by a compiled layer, which asked nobody
                 slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
         else:
-            waiting = [other for other in self._members[i][0] if other is slot or is_zeroed(other.weight.grad)]
+            waiting = [other for other in self._members[i][0] if other is slot or is_zeroed(other.gradient)]
             self._open(slot, [other for other in waiting if not _asks_before_forward(other)])
         slot.arrived_in = group["steps"]
         return slot, group["grad_dtype"]
@@ -325,25 +330,41 @@ class NanoAdam(Optimizer):
         t = group["steps"]
         due, without = self._is_due(group), []
         if group["criterion"] == "gradient":
-            without = [slot for slot in slots if slot.weight.grad is None]
-            slots = [slot for slot in slots if slot.weight.grad is not None]
+            without = [slot for slot in slots if slot.gradient is None]
+            slots = [slot for slot in slots if slot.gradient is not None]
         if not slots:
             return
         for slot in slots:
             slot.selected_for = t
         if due:
             group["active_density"], group["refreshed_at"] = _density(group, t), t
-            without = [s for s in without if s.layout != layout_of(s.weight, group, group["active_density"])]
+            without = [s for s in without if s.layout != layout_of(s.parameter, group, group["active_density"])]
             self._leave([*slots, *without])
             for slot in without:
                 empty(slot, group)
         elif not overdue:
             slots = [slot for slot in slots if slot.unselected]  # unfrozen since the last refresh
         gradients = [_kept(slot, group) for slot in slots]
-        self._select(slots, group)
+        with self._on_their_stream(slots):
+            self._select(slots, group)
         for slot, kept in zip(slots, gradients, strict=True):
             if kept is not None:
                 self._keep(slot, *kept)
+
+    @contextlib.contextmanager
+    def _on_their_stream(self, slots: Sequence[Slot]) -> Iterator[None]:
+        """Sharded parameters: select where step() runs. FSDP2 hands gradients over on a stream of its own, and state
+        that is freed there would be written over while it is still read."""
+        device = next((slot.weight.device for slot in slots if slot.part is not None), torch.device("cpu"))
+        if device.type != "cuda":
+            yield
+            return
+        now = torch.cuda.current_stream(device)
+        home = self._streams.get(device, torch.cuda.default_stream(device))
+        home.wait_stream(now)
+        with torch.cuda.stream(home):
+            yield
+        now.wait_stream(home)
 
     @staticmethod
     def _is_due(group: Mapping[str, Any]) -> bool:
@@ -362,15 +383,16 @@ class NanoAdam(Optimizer):
             step=group["steps"],
             in_place=group["capturable"],
         )
-        for device, members, _ in by_device(list(slots)):
+        for slot in slots:
+            slot.unselected = slot.overdue = False
+            slot.version += 1
+        for device, members, _ in by_device(list(slots), choosing=True):
             gradients = None
             if rule.criterion == "gradient":
-                gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]
-            layouts = [layout_of(slot.weight, group, _density(group, rule.step)) for slot in members]
+                gradients = [_as_dense(slot.gradient) for slot in members if slot.gradient is not None]
+            layouts = [layout_of(slot.parameter, group, _density(group, rule.step)) for slot in members]
             backend(device).select(members, layouts, rule, gradients)
             for slot in members:
-                slot.unselected = slot.overdue = False
-                slot.version += 1
                 if slot.served is not None:
                     slot.served.renew()
 
@@ -384,7 +406,7 @@ class NanoAdam(Optimizer):
             box.place(slot.selection, box.stored.copy_(before.moved_to(slot.selection)))
         else:
             box = Box(slot.selection, box.moved_to(slot.selection), slot=slot, accumulator=self._release)
-            slot.weight.grad = SelectedGradient(box, slot.weight)
+            slot.gradient = SelectedGradient(box, slot.weight)
 
     def _compact(self, boxes: Sequence[Box]) -> None:
         """Take the selected entries of gradients that have gathered in backward."""
@@ -406,16 +428,16 @@ class NanoAdam(Optimizer):
         entries: list[Any] = [None] * len(slots)
         dense: list[int] = []
         for i, slot in enumerate(slots):
-            gradient = slot.weight.grad
+            gradient = slot.gradient
             if type(gradient) is SelectedGradient:
                 assert slot.selection is not None
                 entries[i] = gradient._box.moved_to(slot.selection)
             else:
                 dense.append(i)
-                self._release.hold(slot.weight)  # if swap_tensors has taken the hook away
+                self._release.hold(slot.parameter)  # if swap_tensors has taken the hook away
         for device, members, places in by_device([slots[i] for i in dense], dense):
             found = [torch.empty(slot.layout.shape, dtype=dtype, device=device) for slot in members]
-            gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
+            gradients = [slot.gradient for slot in members if slot.gradient is not None]
             backend(device).gather(members, gradients, found, [False] * len(found))
             for i, values in zip(places, found, strict=True):
                 entries[i] = values
@@ -425,16 +447,17 @@ class NanoAdam(Optimizer):
         """Refuse what cannot be used before anything of the step is done."""
         seen = False
         for slot in self._slots.values():
-            gradient = slot.weight.grad
+            gradient = slot.gradient
             if gradient is not None:
                 seen = True
                 if gradient.layout != torch.strided:
                     checks.check_gradient(slot.name, gradient)
         if self._looked:
             return
-        checks.check_trained([slot.weight for slot in self._slots.values()] or self._frozen)
-        if self.gradient_release and not self.local:
-            checks.check_exchange([s.weight.grad for s in self._slots.values() if s.selection is not None])
+        checks.check_trained([slot.parameter for slot in self._slots.values()] or self._frozen)
+        sharded = any(slot.part is not None for slot in self._slots.values())  # by those who exchange gradients, too
+        if self.gradient_release and not self.local and not sharded:
+            checks.check_exchange([s.gradient for s in self._slots.values() if s.selection is not None])
         self._looked = seen
 
     # For those who exchange gradients between processes
@@ -455,11 +478,11 @@ class NanoAdam(Optimizer):
 
     def _put(self, slot: Slot, values: Tensor) -> None:
         """Let these be the entries of `p.grad`, other processes' gradients among them."""
-        gradient, group = slot.weight.grad, self.param_groups[self._group_of[slot.weight]]
+        gradient, group = slot.gradient, self.param_groups[self._group_of[slot.parameter]]
         assert slot.selection is not None
         if type(gradient) is not SelectedGradient or gradient._box.selection is not slot.selection:
             box = Box(slot.selection, dtype=group["grad_dtype"], slot=slot, accumulator=self._release)
-            gradient = slot.weight.grad = SelectedGradient(box, slot.weight)
+            gradient = slot.gradient = SelectedGradient(box, slot.weight)
         if slot.selected_for != group["steps"]:  # as where it has arrived, from a compiled layer
             slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
         slot.arrived_in = group["steps"]
@@ -474,9 +497,9 @@ class NanoAdam(Optimizer):
     def _update(self, i: int, grad_scale: float | Tensor) -> None:
         """Lines 3 and 4 of Algorithm 1."""
         group = self.param_groups[i]
-        selected, dense = ([slot for slot in some if slot.weight.grad is not None] for some in self._members[i])
+        selected, dense = ([slot for slot in some if slot.gradient is not None] for some in self._members[i])
         entries = self._entries(selected, group["grad_dtype"])
-        gradients = [slot.weight.grad for slot in dense]
+        gradients = [slot.gradient for slot in dense]
         gradients = [_as_dense(g) if type(g) is SelectedGradient else g for g in gradients]
         with self._counted([*selected, *dense], i):
             for slot in selected:
@@ -536,8 +559,8 @@ class NanoAdam(Optimizer):
     # Gradients
 
     def gradient_bytes(self) -> int:
-        """Bytes that `p.grad` takes, of all parameters; `p.grad.nbytes` says what a dense one would take."""
-        return sum(gradient_bytes(p.grad) for p in self._group_of if p.grad is not None)
+        """Bytes that `p.grad` takes on this process, of all parameters; `p.grad.nbytes` is what a dense one takes."""
+        return sum(gradient_bytes(local(p.grad)) for p in self._group_of if p.grad is not None)
 
     @torch.no_grad()
     def release(self, enabled: bool = True) -> None:
@@ -548,7 +571,7 @@ class NanoAdam(Optimizer):
             return
         self._release.flush()
         for slot in self._slots.values():
-            slot.weight.grad = None if slot.weight.grad is None else _as_dense(slot.weight.grad)
+            slot.gradient = None if slot.gradient is None else _as_dense(slot.gradient)
 
     # What is selected, and what it takes
 
@@ -556,6 +579,7 @@ class NanoAdam(Optimizer):
         """Where the weights are that the last update moved: int64, ascending, in the flattened parameter (row-major).
 
         None for a dense tensor, all of which may have moved. Not what would be selected now: see `selected`.
+        Of a sharded one, those that lie on this process.
 
         Raises:
             ValueError: if the parameter is not one of this optimizer.
@@ -566,7 +590,10 @@ class NanoAdam(Optimizer):
             return torch.empty(0, dtype=torch.int64, device=parameter.device)
         if slot.selection is None:
             return None
-        return reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0].view(-1).sort().values
+        if slot.weight.numel() == 0:
+            return torch.empty(0, dtype=torch.int64, device=parameter.device)
+        mine = reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0].view(-1).sort().values
+        return mine if slot.part is None else slot.part.to_whole(mine)
 
     def columns(self, parameter: Tensor) -> Tensor | None:
         """The columns that the last update moved: int64, ascending; None where whole columns are not selected.
@@ -602,7 +629,7 @@ class NanoAdam(Optimizer):
 
     def _leave(self, slots: Iterable[Slot]) -> None:
         """Tell those who want to know that the selections of these are about to go."""
-        parameters = [slot.weight for slot in slots if not slot.unselected] if self._selection_hooks else []
+        parameters = [slot.parameter for slot in slots if not slot.unselected] if self._selection_hooks else []
         for hook in tuple(self._selection_hooks.values()) if parameters else ():
             hook(self, parameters)
 
@@ -614,7 +641,7 @@ class NanoAdam(Optimizer):
     def selected(self, parameter: Tensor) -> Tensor:
         """The weights that the present step updates: bool, of the parameter's shape and on its device.
 
-        All of them for a dense tensor, none for a frozen one, and none before the first step with criterion
+        Sharded as the parameter is. All of them for a dense tensor, none for a frozen one, and none before the first step with criterion
         "gradient". Before the first backward of a step this is the selection that it would make from the
         present weights; asking fixes nothing.
 
@@ -628,16 +655,19 @@ class NanoAdam(Optimizer):
         slot, group = self._slots[parameter], self.param_groups[self._group_of[parameter]]
         if slot.selection is None:
             return torch.ones_like(parameter, dtype=torch.bool)
+        if slot.weight.numel() == 0 and not isinstance(slot.layout, ColumnLayout):
+            return like(torch.zeros(slot.weight.shape, dtype=torch.bool, device=slot.weight.device), parameter)
         t = group["steps"]
-        stands = slot.selected_for == t and not (slot.arrived_in == t and is_zeroed(parameter.grad))
+        stands = slot.selected_for == t and not (slot.arrived_in == t and is_zeroed(slot.gradient))
         if not stands and (slot.unselected or self._is_due(group)) and group["criterion"] != "gradient":
             nothing = {name: slot.state[name].new_empty(0) for name in ("exp_avg", "exp_avg_sq")}
-            slot = Slot(parameter, nothing, slot.ordinal)
+            slot = Slot(parameter, nothing, slot.ordinal, part=slot.part)
             self._select([slot], group)
         assert slot.selection is not None
-        chosen = reference.mask(slot.selection, parameter.shape)
-        columns = isinstance(slot.layout, ColumnLayout)
-        return chosen & (parameter != 0) if columns and group["keep_zeros"] else chosen
+        chosen = reference.mask(slot.selection, slot.weight.shape)
+        if isinstance(slot.layout, ColumnLayout) and group["keep_zeros"]:
+            chosen = chosen & (slot.weight.detach() != 0)
+        return like(chosen, parameter)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -771,7 +801,7 @@ def _as_dense(gradient: Tensor) -> Tensor:
 
 def _kept(slot: Slot, group: Mapping[str, Any]) -> tuple[Box, Box] | None:
     """A gradient that the optimizer has put into `p.grad`, and where its entries are before a refresh."""
-    gradient = slot.weight.grad
+    gradient = slot.gradient
     if type(gradient) is not SelectedGradient or gradient._box.slot is not slot:
         return None
     box = gradient._box

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nanoadam import checks
+from nanoadam import shards
 from nanoadam.distributed import agreement, exchange
 from nanoadam.distributed.agreement import Agreement
 from nanoadam.distributed.exchange import Bucket
@@ -251,7 +251,7 @@ def _check(model: nn.Module, optimizer: NanoAdam, group: dist.ProcessGroup | Non
     named: list[tuple[str, Tensor]] = list(model.named_parameters())
     if not any(parameter.requires_grad for _, parameter in named):
         raise ValueError("the model has no parameter that is trained, so there is nothing to exchange")
-    sharded = next((name for name, parameter in named if isinstance(parameter, checks.SHARDED)), None)
+    sharded = next((name for name, parameter in named if isinstance(parameter, shards.SHARDED)), None)
     if sharded is not None:
         raise TypeError(
             f"{sharded!r} is sharded (a DTensor): its gradients are exchanged by FSDP2. For replicas of shards give "
