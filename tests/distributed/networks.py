@@ -34,7 +34,9 @@ class Network(nn.Module):
 
 
 def batch(rank, number):
-    return torch.randint(0, 40, (6, 5), generator=torch.Generator().manual_seed(100 * number + rank))
+    """On the default device, so that tests/gpu can do the same."""
+    ids = torch.randint(0, 40, (6, 5), generator=torch.Generator().manual_seed(100 * number + rank), device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def reaches(rank, number):

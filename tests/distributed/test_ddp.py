@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import processes
 from nanoadam.gradients import SelectedGradient
 from nanoadam.optimizer import NanoAdam
 
@@ -71,18 +70,13 @@ CASES = {  # each makes two processes once: that is what takes time
 }
 
 
-def every_case(rank, size):
+def on_two(rank, size):
     return {name: function(rank, size, *arguments) for name, (function, arguments) in CASES.items()}
 
 
-@pytest.fixture(scope="module")
-def ends():
-    return processes.run(2, every_case)
-
-
 @pytest.mark.parametrize(("bias", "view"), [(True, False), (False, False), (True, True)])
-def test_two_processes_under_ddp_are_one_with_both_batches(ends, bias, view):
-    first, second = (end[bias, view] for end in ends)
+def test_two_processes_under_ddp_are_one_with_both_batches(two, bias, view):
+    first, second = (end[bias, view] for end in two)
     for number, accumulate in enumerate((1, 2)):
         assert torch.equal(first[number], second[number])
         expected = on_one(2, bias, accumulate)
@@ -109,19 +103,19 @@ def alone(rank, size, options, exchange):
     return said, bits(model)
 
 
-def test_gradients_that_were_not_exchanged_are_refused_unless_that_is_wanted(ends):
-    for end in ends:
+def test_gradients_that_were_not_exchanged_are_refused_unless_that_is_wanted(two):
+    for end in two:
         said, _ = end["not exchanged"]
         assert "2 processes" in said
         assert "DistributedDataParallel" in said
         assert "local=True" in said
         assert end["local"][0] is None
         assert end["not released"][0] is None
-    assert not torch.equal(ends[0]["local"][1], ends[1]["local"][1])
+    assert not torch.equal(two[0]["local"][1], two[1]["local"][1])
 
 
-def test_gradients_averaged_by_hand_are_averaged_entry_by_entry(ends):
-    (first_said, first), (second_said, second) = (end["by hand"] for end in ends)
+def test_gradients_averaged_by_hand_are_averaged_entry_by_entry(two):
+    (first_said, first), (second_said, second) = (end["by hand"] for end in two)
     assert first_said is None
     assert second_said is None
     assert torch.equal(first, second)

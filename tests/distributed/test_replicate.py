@@ -8,7 +8,6 @@ import torch
 from networks import Network, batch, bits, loss_of
 from torch import nn
 
-import processes
 from nanoadam import linear, param_groups
 from nanoadam.distributed import Drifted, replicate
 from nanoadam.gradients import SelectedGradient
@@ -32,10 +31,10 @@ EQUAL = {  # model, groups, optimizer, clipping
 }
 
 
-def setting(name):
+def setting(name, **more):
     model, groups, options, clip = EQUAL[name]
     model = Network(**model)
-    return model, NanoAdam(param_groups(model, weight_decay=0.1, **groups), **{**OPTIONS, **options}), clip
+    return model, NanoAdam(param_groups(model, weight_decay=0.1, **groups), **{**OPTIONS, **options, **more}), clip
 
 
 def clip_and_step(model, opt, clip, to_none):
@@ -60,7 +59,7 @@ def equal(rank, size, name, bucket_bytes=3000):
 
 
 def on_one(size, name):
-    model, opt, clip = setting(name)
+    model, opt, clip = setting(name, local=True)
     for step in range(STEPS):
         for micro in range(ACCUMULATE):
             for rank in range(size):
@@ -205,7 +204,7 @@ def others(rank, size):
     opt = NanoAdam(mine, **OPTIONS)
     head = torch.optim.SGD(model.head.parameters(), lr=0.1)
     replica = replicate(model, opt)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=8.0)
     for step in range(6):
         if step == 3:
             model.conv.weight.requires_grad_(True)
@@ -232,7 +231,7 @@ def buffers(rank, size):
     return model.norm.running_mean.clone()
 
 
-def every_case(rank, size):
+def on_two(rank, size):
     found = {("equal", name): equal(rank, size, name) for name in EQUAL}
     found["long"] = long(rank, size, "weight")
     found |= {("drift", how): drift(rank, size, how) for how in ("weights", "options", "steps")}
@@ -241,18 +240,8 @@ def every_case(rank, size):
     return found
 
 
-def some_cases(rank, size):
+def on_four(rank, size):
     return {"long": long(rank, size, "column", steps=40), "equal": equal(rank, size, "weights", bucket_bytes=1 << 20)}
-
-
-@pytest.fixture(scope="module")
-def two():
-    return processes.run(2, every_case)
-
-
-@pytest.fixture(scope="module")
-def four():
-    return processes.run(4, some_cases)
 
 
 @pytest.mark.parametrize("name", EQUAL)

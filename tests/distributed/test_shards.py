@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import processes
 from nanoadam import linear, param_groups
 from nanoadam.gradients import SelectedGradient
 from nanoadam.optimizer import NanoAdam
@@ -40,7 +39,8 @@ class Wide(nn.Module):
 
 
 def batch(rank, number):
-    return torch.randint(0, 3, (6, 5), generator=torch.Generator().manual_seed(100 * number + rank))
+    ids = torch.randint(0, 3, (6, 5), generator=torch.Generator().manual_seed(100 * number + rank), device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def loss_of(model, rank, number):
@@ -115,7 +115,7 @@ def equal(rank, size, name):
 
 def on_one(size, name):
     model, groups, options, _, clip = setting(name)
-    opt = NanoAdam(param_groups(model, **groups), **options)
+    opt = NanoAdam(param_groups(model, **groups), **options, local=True)
 
     def batches(step, micro):
         for rank in range(size):
@@ -162,7 +162,9 @@ def against_adamw(rank, size):
     for kind in (NanoAdam, torch.optim.AdamW):
         model = shard(Wide(rows=7, head=3))
         options = {"density": 1.0, "state_dtype": torch.float32} if kind is NanoAdam else {}
-        opt = kind(param_groups(model) if kind is NanoAdam else model.parameters(), lr=1e-3, weight_decay=0.1, **options)
+        opt = kind(
+            param_groups(model) if kind is NanoAdam else model.parameters(), lr=1e-3, weight_decay=0.1, **options
+        )
         for group in opt.param_groups:
             group["weight_decay"] = 0.1
         for step in range(4):
@@ -211,7 +213,7 @@ def mixed(rank, size):
 
     model = shard(Wide(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     opt = NanoAdam(param_groups(model), **OPTIONS)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=8.0)
     ends = []
     for step in range(4):
         factor = float("inf") if step == 2 and rank == 1 else 1.0
@@ -230,7 +232,10 @@ def hybrid(rank, size):
     """HSDP: replicas of shards."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    model = shard(Wide(), mesh=init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicas", "shards")))
+    model = shard(
+        Wide(),
+        mesh=init_device_mesh(torch.get_default_device().type, (2, size // 2), mesh_dim_names=("replicas", "shards")),
+    )
     opt = NanoAdam(param_groups(model, weight_decay=0.1), **OPTIONS)
     train(model, opt, lambda s, m: (loss_of(model, rank, ACCUMULATE * s + m) / ACCUMULATE).backward(), True)
     return weights(model)
@@ -245,7 +250,7 @@ def tensor_parallel(rank, size):
     for cut in (False, True):
         model = Wide(bias=False)
         if cut:
-            mesh = init_device_mesh("cpu", (size,))
+            mesh = init_device_mesh(torch.get_default_device().type, (size,))
             for block in model.blocks:
                 parallelize_module(block, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
         opt = NanoAdam(param_groups(model), **{**OPTIONS, "density": 1.0}, local=not cut)
@@ -288,26 +293,16 @@ def switched(rank, size):
     return kinds, torch.equal(weights(model), weights(fresh)), len(opt.state)
 
 
-def every_case(rank, size):
+def on_two(rank, size):
     found = {("equal", name): equal(rank, size, name) for name in EQUAL}
     for function in (gradients, against_adamw, synchronised, uneven, mixed, tensor_parallel, switched):
         found[function.__name__] = function(rank, size)
     return found
 
 
-def some_cases(rank, size):
+def on_four(rank, size):
     found = {("equal", name): equal(rank, size, name) for name in ("weights", "columns")}
     return {**found, "hybrid": hybrid(rank, size), "uneven": uneven(rank, size)}
-
-
-@pytest.fixture(scope="module")
-def two():
-    return processes.run(2, every_case)
-
-
-@pytest.fixture(scope="module")
-def four():
-    return processes.run(4, some_cases)
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -341,7 +336,9 @@ def test_positions_and_selected_are_of_the_full_tensor(two):
     first, second = (end["gradients"] for end in two)
     assert first["selected"] == second["selected"]
     for count, mine, others in zip(first["selected"], first["positions"], second["positions"], strict=True):
-        assert mine is None or mine.numel() == 0 or (mine.numel() + others.numel() == count and mine.max() < others.min())
+        assert (
+            mine is None or mine.numel() == 0 or (mine.numel() + others.numel() == count and mine.max() < others.min())
+        )
 
 
 def test_at_density_one_it_is_adamw(two):
