@@ -25,7 +25,7 @@ from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
-from nanoadam.shards import SHARDED, like, local
+from nanoadam.shards import like, local
 from nanoadam.slots import by_device, empty, layout_of, make_slot
 
 
@@ -353,8 +353,10 @@ class NanoAdam(Optimizer):
 
     @contextlib.contextmanager
     def _on_their_stream(self, slots: Sequence[Slot]) -> Iterator[None]:
-        """Sharded parameters: select where step() runs. FSDP2 hands gradients over on a stream of its own, and state
-        that is freed there would be written over while it is still read."""
+        """Select from sharded parameters on the stream of step().
+
+        FSDP2 hands gradients over on a stream of its own; state that is freed there would be written over too early.
+        """
         device = next((slot.weight.device for slot in slots if slot.part is not None), torch.device("cpu"))
         if device.type != "cuda":
             yield
@@ -641,9 +643,9 @@ class NanoAdam(Optimizer):
     def selected(self, parameter: Tensor) -> Tensor:
         """The weights that the present step updates: bool, of the parameter's shape and on its device.
 
-        Sharded as the parameter is. All of them for a dense tensor, none for a frozen one, and none before the first step with criterion
-        "gradient". Before the first backward of a step this is the selection that it would make from the
-        present weights; asking fixes nothing.
+        Sharded as the parameter is; where its columns are selected, all processes have to ask. All of them for a dense
+        tensor, none for a frozen one, and none before the first step with criterion "gradient". Before the first
+        backward of a step this is the selection that it would make from the present weights; asking fixes nothing.
 
         Raises:
             ValueError: if the parameter is not one of this optimizer.

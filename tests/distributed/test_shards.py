@@ -1,7 +1,7 @@
 """FSDP2: what N processes do to their shards is what one process does to the whole."""
 
-import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
@@ -225,7 +225,7 @@ def mixed(rank, size):
         scaler.update()
         opt.zero_grad()
         ends.append(weights(model))
-    return [torch.equal(a, b) for a, b in zip(ends, ends[1:], strict=False)], ends[-1], scaler.get_scale()
+    return [torch.equal(a, b) for a, b in itertools.pairwise(ends)], ends[-1], scaler.get_scale()
 
 
 def hybrid(rank, size):

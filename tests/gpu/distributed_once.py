@@ -16,8 +16,8 @@ import torch.distributed as dist
 for folder in ("tests", "tests/distributed"):
     sys.path.insert(0, str(Path(__file__).parents[2] / folder))
 
-import test_replicate
-import test_shards
+import test_replicate  # noqa: E402
+import test_shards  # noqa: E402
 
 
 def close(found, expected, *, apart=0, tolerance=1e-3):
