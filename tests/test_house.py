@@ -17,7 +17,7 @@ LAYERS = (
     ("analysis", "baselines", "callback", "delta", "distributed"),
     ("trainer",),
     ("memory", "optimizer"),
-    ("checks", "groups", "state"),
+    ("checks", "groups", "portable", "state"),
     ("columns", "gradients", "slots"),
     ("ops", "schedules"),
     ("chunks", "shards", "text"),

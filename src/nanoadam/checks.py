@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from nanoadam.gradients import SelectedGradient
 from nanoadam.schedules import Intervals, Schedule
-from nanoadam.shards import is_sharded_along, part_of
+from nanoadam.shards import is_sharded_along, local, part_of
 from nanoadam.slots import is_dense, saved_layout
 
 FIXED = ("dense", "state_dtype", "capturable", "granularity", "transposed")
@@ -222,7 +222,7 @@ def warn_of_unsorted(groups: Sequence[Mapping[str, Any]]) -> None:
 def check_parameter_state(name: str, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter's state does not fit it."""
     lay = saved_layout(parameter, group)
-    each: tuple[int, ...] = tuple(parameter.shape) if lay is None else lay.shape
+    each: tuple[int, ...] = tuple(local(parameter).shape) if lay is None else lay.shape
     expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": each, "exp_avg_sq": each}
     if lay is not None:
         expected |= {"index": (lay.places,), "entry_step": (lay.places,)}
@@ -255,6 +255,8 @@ def check_state(groups: Sequence[Mapping[str, Any]], loaded: Mapping[str, Any]) 
         group = {**{key: value for key, value in ours.items() if key not in ("params", *COUNTERS)}, **saved}
         if isinstance(group["density"], Mapping):
             group["density"] = Schedule(**group["density"])
+        for option in ("state_dtype", "grad_dtype"):
+            group[option] = getattr(torch, group[option], None) if isinstance(group[option], str) else group[option]
         check_options(group, f"group {i} of the saved state")
         shapes = group.pop("shapes", None) or [parameter.shape for parameter in ours["params"]]
         for parameter, name, key, shape in zip(ours["params"], names(ours, i), saved["params"], shapes, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from nanoadam import checks, columns
+from nanoadam import checks, columns, portable
 from nanoadam.chunks import ColumnLayout
 from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
@@ -697,7 +697,10 @@ class NanoAdam(Optimizer):
     # Saving, loading, copying
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch: plain tensors and plain values, loadable with `torch.load(weights_only=True)`."""
+        """As in torch: plain tensors and plain values, loadable with `torch.load(weights_only=True)`.
+
+        Of sharded parameters DTensors, for torch.distributed.checkpoint: see portable.py.
+        """
         self._follow()
         saved = super().state_dict()
         # Tensors of the same age share their count here; whoever loads into this dict must find one for each.
@@ -706,9 +709,15 @@ class NanoAdam(Optimizer):
             for key, state in saved["state"].items()
         }
         for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+            for key, parameter in zip(group["params"], own["params"], strict=True):
+                slot = self._slots.get(parameter)
+                if slot is not None and slot.part is not None and key in saved["state"]:
+                    saved["state"][key] = portable.saved(slot, own["active_density"])
             group["shapes"] = [tuple(parameter.shape) for parameter in own["params"]]  # sizes alone do not tell
             if isinstance(group["density"], Schedule):
                 group["density"] = group["density"].to_dict()
+            for name in ("state_dtype", "grad_dtype"):  # torch's export of sharded state knows no dtypes
+                group[name] = str(group[name]).removeprefix("torch.")
         return saved
 
     @torch.no_grad()
@@ -716,7 +725,8 @@ class NanoAdam(Optimizer):
         """Go on from a saved state, bit for bit; nothing changes if it does not fit. `p.grad` stays, as in torch.
 
         Tensors are copied, except those that are this optimizer's own: accelerate's wrapper loads an optimizer's state
-        into itself, and a copy of it beside the original would be the peak of the whole run.
+        into itself, and a copy of it beside the original would be the peak of the whole run. With sharded parameters
+        all processes load together; the state may be of another number of processes, or of one that was not sharded.
 
         Raises:
             ValueError: if the state was not saved by NanoAdam for parameters of these shapes.
@@ -726,6 +736,7 @@ class NanoAdam(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        state_dict = portable.taken_up(self.param_groups, state_dict)
         groups = checks.check_state(self.param_groups, state_dict)
         own = {id(value) for slot in self._slots.values() for value in slot.state.values()}
         keys = [key for group in groups for key in group["params"]]

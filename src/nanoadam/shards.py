@@ -121,11 +121,11 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 def set_gradient(parameter: Tensor, part: Tensor | None) -> None:
     """Let this be what of `p.grad` lies here."""
-    gradient: Any = parameter.grad
     if part is None or not isinstance(parameter, SHARDED):
         parameter.grad = part
-    elif isinstance(gradient, SHARDED):
-        gradient._local_tensor = part  # as FSDP2 does
+    elif isinstance(parameter.grad, SHARDED):
+        there: Any = parameter.grad
+        there._local_tensor = part  # as FSDP2 does
     else:
         parameter.grad = like(part, parameter)
 
