@@ -189,17 +189,38 @@ def check_trained(parameters: Sequence[Tensor]) -> None:
         )
 
 
-def check_exchange(gradients: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError if there are other processes and their gradients are not in the first of these."""
+def several_processes() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
+    return distributed and torch.distributed.get_world_size() > 1
+
+
+def check_exchange(gradients: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError if there are other processes and their gradients are not in the first of these.
+
+    Warn where DistributedDataParallel has brought them, which then holds every gradient whole.
+    """
+    if not several_processes():
         return
     gradient = next((gradient for gradient in gradients if gradient is not None), None)
-    if isinstance(gradient, SelectedGradient) and not gradient._box.exchanged:
+    if gradient is None:
+        return
+    exchanged = gradient._box.exchanged if isinstance(gradient, SelectedGradient) else None
+    if exchanged == "copied" or (exchanged is None and gradient.untyped_storage().nbytes() > gradient.nbytes):
+        size = sum(each.nbytes for each in gradients if each is not None)
+        warnings.warn(
+            f"DistributedDataParallel holds and sends gradients whole, {size / 1e9:.3g} GB of them for tensors that "
+            "are selected from: call nanoadam.distributed.prepare_ddp(model, optimizer) before you wrap the model, or "
+            "use nanoadam.distributed.replicate(model, optimizer) without the wrapper",
+            UserWarning,
+            stacklevel=6,
+        )
+    if exchanged == "":
         raise RuntimeError(
             f"there are {torch.distributed.get_world_size()} processes, but their gradients were not exchanged before "
-            "step(), so their models would drift apart: wrap the model in DistributedDataParallel, or, if each process "
-            "shall step on its own gradients or you exchange them yourself, use NanoAdam(local=True)"
+            "step(), so their models would drift apart: use nanoadam.distributed.replicate(model, optimizer) or wrap "
+            "the model in DistributedDataParallel; if each process shall step on its own gradients, or you exchange "
+            "them yourself, use NanoAdam(local=True)"
         )
 
 

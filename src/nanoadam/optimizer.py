@@ -490,7 +490,7 @@ class NanoAdam(Optimizer):
         slot.arrived_in = group["steps"]
         box = gradient._box
         box.stored, box.pending = values.to(box.dtype), None
-        box.exchanged, box.zeroed = True, False
+        box.exchanged, box.zeroed = "replicas", False
 
     def _releases(self, i: int) -> bool:
         """Whether the gradients of a group's selected tensors are released; not if they decide the selection."""

@@ -32,6 +32,7 @@ class Entries(NamedTuple):
     entry_step: Tensor  # int32
 
     def only(self, which: Tensor) -> Entries:
+        """Some of them."""
         return Entries(*(value[which] for value in self))
 
 
@@ -55,7 +56,8 @@ def saved(slot: Slot, density: float) -> dict[str, Tensor]:
     if isinstance(slot.layout, ColumnLayout):
         shape = (part.whole[0], slot.layout.keep)
         moments = {name: like(state[name].t().contiguous(), parameter, shape) for name in ("exp_avg", "exp_avg_sq")}
-        return result | moments | {name: state[name].clone() for name in ("index", "entry_step")}
+        result["by_row"] = torch.ones(())  # otherwise moments of columns lie column by column
+        return result | moments | {"index": state["index"].clone(), "entry_step": state["entry_step"].int()}
     pieces = 1
     if is_sharded_along(parameter, 1):
         pieces = math.prod(part.whole[1:]) // max(1, part.row)
@@ -74,7 +76,7 @@ def saved(slot: Slot, density: float) -> dict[str, Tensor]:
     elif rows == 0 and state["entry_step"].numel() == 0:
         values["entry_step"] = state["entry_step"].int()
     else:
-        result["entry_step"] = state["entry_step"].clone()
+        result["entry_step"] = state["entry_step"].int()
     for name, value in values.items():
         grid = torch.full((rows * width,), _NONE if name == "position" else 0, dtype=value.dtype, device=value.device)
         grid[: value.numel()] = value
@@ -90,52 +92,57 @@ def taken_up(groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) ->
     states, loaded = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(states, Mapping) or not loaded or len(loaded) != len(groups):
         return state_dict
-    wanted = []
-    for group, theirs in zip(groups, loaded, strict=True):
-        if len(group["params"]) != len(theirs["params"]) or "active_density" not in theirs:
+    wanted: list[tuple[Tensor, Any, Mapping[str, Any], Mapping[str, Any]]] = []
+    for group, saved_group in zip(groups, loaded, strict=True):
+        if len(group["params"]) != len(saved_group["params"]) or "active_density" not in saved_group:
             return state_dict
-        options = {**group, **{key: value for key, value in theirs.items() if key != "params"}}
-        for parameter, key in zip(group["params"], theirs["params"], strict=True):
+        options = {**group, **{key: value for key, value in saved_group.items() if key != "params"}}
+        for parameter, key in zip(group["params"], saved_group["params"], strict=True):
             state = states.get(key)
-            if state and "exp_avg" in state and (isinstance(parameter, SHARDED) or "position" in state):
+            if state and "exp_avg" in state and (isinstance(parameter, SHARDED) or {"position", "by_row"} & set(state)):
                 wanted.append((parameter, key, state, options))
     if not wanted:
         return state_dict
-    changed = dict(states)
+    changed: dict[Any, Any] = dict(states)
     found: list[tuple[Tensor, Any, Mapping[str, Any], Mapping[str, Any], Entries]] = []
-    for parameter, key, state, options in wanted:
-        if is_dense(parameter, options) or isinstance(layout_of(parameter, options, options["active_density"]), ColumnLayout):
-            changed[key] = _part_of_state(parameter, state, options)
+    for parameter, key, its, theirs in wanted:
+        if is_dense(parameter, theirs) or isinstance(
+            layout_of(parameter, theirs, theirs["active_density"]), ColumnLayout
+        ):
+            changed[key] = _part_of_state(parameter, its, theirs)
         else:
-            found.append((parameter, key, state, options, _entries(parameter, state, options)))
+            found.append((parameter, key, its, theirs, _entries(parameter, its, theirs)))
     arrived = _exchange([(parameter, entries) for parameter, _, _, _, entries in found])
-    for (parameter, key, state, options, _), entries in zip(found, arrived, strict=True):
-        lay = layout_of(parameter, options, options["active_density"])
+    for (parameter, key, its, theirs, _), entries in zip(found, arrived, strict=True):
+        lay = layout_of(parameter, theirs, theirs["active_density"])
         assert isinstance(lay, Layout)
-        alone = state["entry_step"] if local(state["entry_step"]).dim() == 1 and len(state["entry_step"]) == 1 else None
-        changed[key] = {"step": state["step"], **_place(entries, part_of(parameter), lay, alone)}
+        entered: Tensor = its["entry_step"]
+        alone = entered if entered.dim() == 1 and entered.numel() == 1 else None
+        changed[key] = {"step": its["step"], **_place(entries, part_of(parameter), lay, alone)}
     return {**state_dict, "state": changed}
 
 
 def _part_of_state(parameter: Tensor, state: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Of a dense tensor, or of columns."""
-    part, result = part_of(parameter), dict(state)
+    part, result = part_of(parameter), {name: value for name, value in state.items() if name != "by_row"}
     for name in ("exp_avg", "exp_avg_sq"):
-        value = state[name]
-        rows = value if is_dense(parameter, options) or isinstance(value, SHARDED) else value.t()
+        value: Any = state[name]
+        rows: Tensor = value if is_dense(parameter, options) or "by_row" in state else value.t()
         if isinstance(value, SHARDED):
-            rows = local(value)
+            rows = value._local_tensor
         elif part is not None:
             rows = rows.narrow(0, part.first[0], part.shape[0])
             if is_sharded_along(parameter, 1):
                 rows = rows.narrow(1, part.first[1] // math.prod(part.whole[2:]), part.shape[1])
         result[name] = rows if is_dense(parameter, options) else rows.t().contiguous()
+    if "entry_step" in result:
+        result["entry_step"] = result["entry_step"].to(torch.int16)
     return result
 
 
 def _entries(parameter: Tensor, state: Mapping[str, Any], options: Mapping[str, Any]) -> Entries:
     """What is selected in a saved state, or in the part of it that was read here."""
-    moments = [local(state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq")]
+    average, average_sq = (local(state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq"))
     entered = local(state["entry_step"]).reshape(-1).int()
     if "position" in state:
         position = local(state["position"]).reshape(-1).long()
@@ -143,7 +150,8 @@ def _entries(parameter: Tensor, state: Mapping[str, Any], options: Mapping[str, 
         index = state["index"]
         lay = layout(parameter.shape, options["active_density"])
         position = torch.where(index >= 0, reference.positions(index.clamp(min=0), lay), _NONE)
-    entries = Entries(position, *moments, entered.expand(position.shape) if entered.numel() == 1 else entered)
+    entered = entered.expand(position.shape) if entered.numel() == 1 else entered
+    entries = Entries(position, average, average_sq, entered)
     return entries.only(position >= 0)
 
 
@@ -181,7 +189,7 @@ def _exchange(found: Sequence[tuple[Tensor, Entries]]) -> list[Entries]:
 
 
 def _place(entries: Entries, part: Part | None, lay: Layout, alone: Tensor | None) -> dict[str, Tensor]:
-    """State of a layout that has these entries. Where a chunk has no room for all of them, the last ones are dropped."""
+    """State of a layout that has these entries; where a chunk has no room for all, without the last ones."""
     position = entries.position if part is None else part.to_part(entries.position)[0]
     position, order = position.sort(stable=True)
     if len(position) > 1:  # replicas of a shard have all read it
@@ -203,7 +211,7 @@ def _place(entries: Entries, part: Part | None, lay: Layout, alone: Tensor | Non
         state[name] = values.new_zeros(lay.selected)
         state[name][place] = values[order]
     if alone is not None and lay.selected != 1:
-        state["entry_step"] = alone
+        state["entry_step"] = alone.to(torch.int16)
     else:
         state["entry_step"] = torch.zeros(lay.selected, dtype=torch.int16, device=device)
         state["entry_step"][place] = entries.entry_step[order].to(torch.int16)

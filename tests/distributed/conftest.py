@@ -27,11 +27,18 @@ def _once(folder, name, make):
             time.sleep(0.2)
             continue
         try:
-            torch.save(make(), folder / f"{name}.part")
+            try:
+                made = make()
+            except Exception as error:  # nobody else has to find it out again
+                made = RuntimeError(str(error))
+            torch.save(made, folder / f"{name}.part")
             (folder / f"{name}.part").rename(result)
         finally:
             lock.unlink()
-    return torch.load(result, weights_only=False)
+    found = torch.load(result, weights_only=False)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _ends(request, tmp_path_factory, size, function):

@@ -241,7 +241,7 @@ def on_two(rank, size):
 
 
 def on_four(rank, size):
-    return {"long": long(rank, size, "column", steps=40), "equal": equal(rank, size, "weights", bucket_bytes=1 << 20)}
+    return {"long": long(rank, size, "column", steps=20), "equal": equal(rank, size, "weights", bucket_bytes=1 << 20)}
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -260,7 +260,7 @@ def test_four_replicas_are_one_process_with_four_batches(four):
 
 @pytest.mark.parametrize("ends", ["two", "four"])
 def test_replicas_stay_the_same_bit_for_bit(ends, request):
-    """For 200 steps of two, 40 of four."""
+    """For 200 steps of two, 20 of four."""
     first, *others = (end["long"] for end in request.getfixturevalue(ends))
     assert first.isfinite().all()
     assert all(torch.equal(first, other) for other in others)

@@ -66,15 +66,19 @@ def weights(model):
 # Name: model, groups, optimizer, how it is sharded, whether gradients are clipped.
 EQUAL = {
     "weights": ({}, {}, {}, {}, True),
-    "kept whole after forward": ({"bias": False}, {"dense": ()}, {}, {"reshard_after_forward": False}, True),
+    "kept whole after forward": (
+        {"bias": False},
+        {"dense": ()},
+        {"moments": "reset", "criterion": "largest"},
+        {"reshard_after_forward": False},
+        True,
+    ),
     "schedule": ({}, {}, {"density": linear(0.5, 0.1, total_steps=5, interval=2)}, {}, True),
-    "moments reset": ({}, {}, {"moments": "reset", "criterion": "largest"}, {}, False),
     "random": ({}, {}, {"criterion": "random"}, {}, False),
     "by gradient": ({}, {}, {"criterion": "gradient"}, {}, False),
     "dense gradients": ({}, {}, {"gradient_release": False}, {}, False),
     "columns": ({}, {"granularity": "column"}, {}, {}, True),
-    "rounded": ({}, {}, {"state_dtype": torch.bfloat16}, {}, False),
-    "offloaded": ({}, {}, {}, {"offload": True}, True),
+    "offloaded": ({}, {}, {"state_dtype": torch.bfloat16}, {"offload": True}, True),
 }
 
 
@@ -301,7 +305,7 @@ def on_two(rank, size):
 
 
 def on_four(rank, size):
-    found = {("equal", name): equal(rank, size, name) for name in ("weights", "columns")}
+    found = {("equal", name): equal(rank, size, name) for name in ("columns",)}
     return {**found, "hybrid": hybrid(rank, size), "uneven": uneven(rank, size)}
 
 
@@ -313,7 +317,7 @@ def test_two_processes_are_one_with_both_batches(two, name):
     assert apart.sum() <= (20 if name == "by gradient" else 0)  # gradients are rounded, so some choose otherwise
 
 
-@pytest.mark.parametrize("name", ["weights", "columns", "hybrid"])
+@pytest.mark.parametrize("name", ["columns", "hybrid"])
 def test_four_processes_are_one_with_four_batches(four, name):
     ends = [end["hybrid" if name == "hybrid" else ("equal", name)] for end in four]
     assert all(torch.equal(ends[0], end) for end in ends)

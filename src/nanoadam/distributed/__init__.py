@@ -10,6 +10,7 @@ for batch in my_share_of_the_data:
 """
 
 from nanoadam.distributed.agreement import Drifted
+from nanoadam.distributed.ddp import prepare_ddp
 from nanoadam.distributed.replicas import Replica, replicate
 
-__all__ = ["Drifted", "Replica", "replicate"]
+__all__ = ["Drifted", "Replica", "prepare_ddp", "replicate"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,22 +52,37 @@ def replicate(
         ValueError: if models or options differ between processes; says in what.
         RuntimeError: if torch.distributed was not initialised.
     """
-    return Replica(model, optimizer, group, bucket_bytes, buffers)
+    named = _check(model, optimizer, group)
+    return Replica(named, list(model.buffers()), optimizer, group, bucket_bytes, buffers=buffers)
 
 
 class Replica:
     """What `replicate` returns. It lives as long as the model, or until `remove()`.
+
+    Args:
+        named: the parameters that are exchanged.
+        tensors: what else process 0 gives to all at the start, and, with `buffers`, after each exchange.
+        ddp: who exchanges the others; its collectives are all begun before those of this one.
 
     Attributes:
         sent_bytes: bytes that this process has handed to collectives since then.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: NanoAdam, group: dist.ProcessGroup | None, bucket_bytes: int, buffers: bool
+        self,
+        named: list[tuple[str, Tensor]],
+        tensors: Sequence[Tensor],
+        optimizer: NanoAdam,
+        group: dist.ProcessGroup | None,
+        bucket_bytes: int = exchange.BUCKET_BYTES,
+        *,
+        buffers: bool = False,
+        ddp: nn.parallel.DistributedDataParallel | None = None,
     ) -> None:
-        self._named = _check(model, optimizer, group)
+        self._named = named
         self._optimizer, self._group, self._bucket_bytes = optimizer, group, bucket_bytes
-        self._buffers = list(model.buffers()) if buffers else []
+        self._buffers = tensors if buffers else []
+        self._ddp = None if ddp is None else weakref.ref(ddp)
         self.sent_bytes = 0
         self._lock = threading.RLock()  # autograd runs hooks in one thread per device
         self._backward = -1  # the one whose gradients are being collected
@@ -83,10 +99,15 @@ class Replica:
         self._alone = dist.get_world_size(group) == 1
         if not self._alone:
             agreement.check_alike(agreement.description(self._named, optimizer), group)
-            _broadcast([p for _, p in self._named] + list(model.buffers()), group)
+            _broadcast([*(p for _, p in self._named), *tensors], group)
             agreement.check_state(optimizer, group, self._named[0][1].device)
             self._listen()
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def beside(self, ddp: nn.parallel.DistributedDataParallel) -> None:
+        """Follow the `no_sync()` of a wrapper, and begin after it."""
+        if self._ddp is None or self._ddp() is not ddp:
+            self._ddp = weakref.ref(ddp)
 
     def remove(self) -> None:
         """Exchange nothing from now on."""
@@ -129,7 +150,8 @@ class Replica:
     def _arrived(self, parameter: Tensor) -> None:
         """A gradient is there, or has grown."""
         with self._lock:
-            if self._silent:
+            ddp = None if self._ddp is None else self._ddp()
+            if self._silent or (ddp is not None and not ddp.require_backward_grad_sync):
                 self._unsent = True
                 return
             backward = torch._C._current_graph_task_id()
@@ -137,7 +159,8 @@ class Replica:
                 self._check_nested(parameter)
                 self._settle()
                 self._backward = backward
-                self._open()
+                if self._ddp is None:
+                    self._open()
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)
             if (bucket := self._bucket_of.get(id(parameter))) is not None:
                 bucket.waiting.discard(id(parameter))
@@ -193,6 +216,8 @@ class Replica:
     def _ended(self) -> None:
         with self._lock:
             if self._backward != -1:
+                if self._ddp is not None:
+                    self._open()
                 self._finish()
 
     def _finish(self) -> None:

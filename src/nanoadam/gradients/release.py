@@ -150,7 +150,7 @@ class GradientRelease:
                     box.slot, box.accumulator = slot, self
                     return
             box = Box(slot.selection, dtype=dtype, slot=slot, accumulator=self)
-            box.exchanged = slot.part is not None  # by those who have sharded the parameter
+            box.exchanged = "" if slot.part is None else "shards"
             slot.gradient = SelectedGradient(box, slot.weight)
             self._gather(box, gradient.detach())
 
