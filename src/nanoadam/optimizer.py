@@ -234,6 +234,11 @@ class NanoAdam(Optimizer):
                     checks.check_parameter_state(name, parameter, group, self.state[parameter])
         self._make_slots()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; and let go of parameters that were replaced, as accelerate replaces them by shards."""
+        self._follow()
+        super().zero_grad(set_to_none)
+
     # Algorithm 1
 
     @torch.no_grad()

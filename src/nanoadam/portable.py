@@ -126,10 +126,10 @@ def _part_of_state(parameter: Tensor, state: Mapping[str, Any], options: Mapping
     """Of a dense tensor, or of columns."""
     part, result = part_of(parameter), {name: value for name, value in state.items() if name != "by_row"}
     for name in ("exp_avg", "exp_avg_sq"):
-        value: Any = state[name]
+        value = state[name]
         rows: Tensor = value if is_dense(parameter, options) or "by_row" in state else value.t()
         if isinstance(value, SHARDED):
-            rows = value._local_tensor
+            rows = local(torch.as_tensor(value))
         elif part is not None:
             rows = rows.narrow(0, part.first[0], part.shape[0])
             if is_sharded_along(parameter, 1):

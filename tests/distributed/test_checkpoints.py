@@ -11,7 +11,10 @@ from test_shards import OPTIONS, Wide, loss_of, shard, weights, whole
 from nanoadam import linear, param_groups
 from nanoadam.optimizer import NanoAdam
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    pytest.mark.timeout(400),  # the first one waits for several processes
+]
 
 KINDS = {  # rows of the model, groups, optimizer
     "weights": (16, {}, {"density": linear(0.5, 0.1, total_steps=5, interval=2)}),
@@ -180,12 +183,12 @@ def test_an_export_is_taken_up_by_one_process_and_one_process_by_shards(two):
 @pytest.fixture(scope="module")
 def one(two, four):
     """A mesh of one process that resumes what two and four have saved."""
-    import processes
-
     folders = {kind: two[0]["saved"][kind][3] for kind in KINDS}
-    return processes.run(1, resumed_by_others, folders)[0], processes.run(1, resumed_by_others, {"uneven": four[0][0]})[
-        0
-    ]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return resumed_by_others(0, 1, folders), resumed_by_others(0, 1, {"uneven": four[0][0]})
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,10 @@ from nanoadam.distributed import prepare_ddp
 from nanoadam.gradients import SelectedGradient
 from nanoadam.optimizer import NanoAdam
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    pytest.mark.timeout(400),  # the first one waits for several processes
+]
 
 OPTIONS = {"lr": 1e-2, "density": 0.25, "mask_interval": 3}
 
@@ -24,7 +27,8 @@ def network(bias):
 
 
 def batch(rank, step):
-    return torch.randn(8, 16, generator=torch.Generator().manual_seed(100 * step + rank))
+    numbers = torch.randn(8, 16, generator=torch.Generator().manual_seed(100 * step + rank), device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
 def bits(model):
@@ -117,7 +121,7 @@ class Around(nn.Module):
 
 def on_one(size, bias, accumulate):
     model = network(bias)
-    opt = NanoAdam(model.parameters(), **OPTIONS)
+    opt = NanoAdam(model.parameters(), **OPTIONS, local=True)
     for step in range(8):
         for micro in range(accumulate):
             for rank in range(size):

@@ -13,7 +13,10 @@ from nanoadam.distributed import Drifted, replicate
 from nanoadam.gradients import SelectedGradient
 from nanoadam.optimizer import NanoAdam
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    pytest.mark.timeout(400),  # the first one waits for several processes
+]
 
 OPTIONS = {"lr": 1e-2, "density": 0.2, "mask_interval": 3, "state_dtype": torch.float32}
 STEPS, ACCUMULATE = 8, 2

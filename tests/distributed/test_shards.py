@@ -11,7 +11,10 @@ from nanoadam import linear, param_groups
 from nanoadam.gradients import SelectedGradient
 from nanoadam.optimizer import NanoAdam
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    pytest.mark.timeout(400),  # the first one waits for several processes
+]
 
 WIDE = 2048  # rows of which two are a chunk, so that shards of an even number of rows end between chunks
 OPTIONS = {"lr": 1e-2, "density": 0.2, "mask_interval": 3, "state_dtype": torch.float32}

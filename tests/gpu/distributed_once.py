@@ -16,6 +16,9 @@ import torch.distributed as dist
 for folder in ("tests", "tests/distributed"):
     sys.path.insert(0, str(Path(__file__).parents[2] / folder))
 
+import test_accelerate  # noqa: E402
+import test_checkpoints  # noqa: E402
+import test_ddp  # noqa: E402
 import test_replicate  # noqa: E402
 import test_shards  # noqa: E402
 
@@ -136,6 +139,54 @@ def streams(rank, size):
     return close(sharded, train(test_shards.Wide(rows=64), range(size), 1 / size), tolerance=1e-2, apart=2000)
 
 
+def ddp_prepared(bias):
+    def check(rank, size):
+        ends, (_, left, sent) = test_ddp.prepared(rank, size, bias)
+        for number, accumulate in enumerate((1, 2)):
+            alike(everybody(ends[number]))
+            close(ends[number], test_ddp.on_one(size, bias, accumulate))
+        return f"DDP has kept {left}, {sent} bytes went beside it"
+
+    return check
+
+
+def ddp_warned(rank, size):
+    after, view, named, _ = test_ddp.warned(rank, size)
+    assert len(after) == len(view) == 1, (after, view)
+    assert len(named) == 2, named
+    return "said once"
+
+
+def checkpoints(rank, size):
+    found = test_checkpoints.save_and_go_on(rank, size)
+    for kind, (straight, resumed, (both, same, before), _, _) in found.items():
+        assert torch.equal(straight, resumed), f"{kind}: {float((straight - resumed).abs().max()):.2g}"
+        assert both == same == before > 0, (kind, both, same, before)
+    return f"{', '.join(found)}: bit for bit"
+
+
+def exports(rank, size):
+    found = [test_checkpoints.exported(rank, size, kind) for kind in ("uneven", "columns")]
+    for both, same, before in (each for some in found for each in some):
+        assert both == same and both > 0.98 * before, found
+    return f"{found}"
+
+
+def accelerate_ddp(rank, size):
+    end, beside = test_accelerate.train(rank)
+    alike(everybody(end))
+    return close(end, test_accelerate.on_one(size)) + f", {beside.replica.sent_bytes} bytes"
+
+
+def accelerate_fsdp2(rank, size):
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1000)
+    end, _ = test_accelerate.train(rank, plugin)
+    alike(everybody(end))
+    return close(end, test_accelerate.on_one(size))
+
+
 CHECKS = {
     **{f"replicate, {name}": replicas_equal(name) for name in test_replicate.EQUAL},
     "replicate, 200 steps": replicas_long("weight"),
@@ -150,6 +201,12 @@ CHECKS = {
     "FSDP2, mixed precision, overflow": mixed,
     "FSDP2, streams": streams,
     "tensor parallel": tensor_parallel,
+    "DCP, the same processes": checkpoints,
+    "DCP, exports": exports,
+    **{f"DDP, prepared, bias={bias}": ddp_prepared(bias) for bias in (True, False)},
+    "DDP, warnings": ddp_warned,
+    "accelerate, DDP": accelerate_ddp,
+    "accelerate, FSDP2": accelerate_fsdp2,
 }
 
 
