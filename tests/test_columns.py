@@ -31,10 +31,10 @@ def network(dtype=torch.float32, bias=True):
     ).to(dtype)
 
 
-def optimizer_of(model, **options):
+def optimizer_of(model, *, transposed=False, **options):
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "roles": ["matrix"] * len(matrices)}]
+    groups = [{"params": matrices, "roles": ["matrix"] * len(matrices), "transposed": transposed}]
     return NanoAdam([*groups, *([{"params": others, "dense": True}] if others else [])], **{**OPTIONS, **options})
 
 
@@ -133,7 +133,9 @@ def trained(model, opt, steps=50, accumulate=2, change=lambda model, opt, step: 
     return bits(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"criterion": "largest"}, {"criterion": "random"}, {"moments": "reset"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"criterion": "largest"}, {"criterion": "random"}, {"moments": "reset"}, {"transposed": True}]
+)
 def test_release_on_and_off_agree_over_refreshes_and_schedules(options):
     ends = []
     for released in (True, False):
@@ -142,6 +144,9 @@ def test_release_on_and_off_agree_over_refreshes_and_schedules(options):
         options = {**options, "density": density, "gradient_release": released, "state_dtype": torch.float32}
         options["eps"] = 1e-4  # or rounding of gradients near zero would turn into whole steps
         ends.append(trained(model, optimizer_of(model, **options)))
+        if options.get("transposed"):  # the group takes the rows of its layers, which compute whole gradients then
+            touched = (model[0].weight.detach() != network()[0].weight.detach()).any(1)
+            assert 0 < touched.sum() < len(touched)
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
@@ -400,7 +405,7 @@ def test_columns_never_selected_keep_their_bits(dtype):
 def test_the_first_step_of_a_column_that_enters_has_length_lr():
     torch.manual_seed(0)
     layer = nn.Linear(40, 30, bias=False)
-    opt = optimizer_of(layer, lr=1e-3, density=0.2, mask_interval=10, state_dtype=torch.float32)
+    opt = optimizer_of(layer, lr=1e-3, density=0.2, mask_interval=10, state_dtype=torch.float32, criterion="smallest")
     before = None
     for step in range(31):
         if step and step % 10 == 0:
@@ -501,6 +506,22 @@ def test_groups_by_column_hold_linear_layers_and_nothing_else():
     assert "3.weight" in selected[0]["param_names"]
     with pytest.raises(ValueError, match="granularity must be 'weight' or 'column', got 'row'"):
         nanoadam.param_groups(model, granularity="row")
+
+
+def test_by_default_the_largest_columns_and_the_smallest_weights_are_selected():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 8))
+    opt = NanoAdam([{"params": model.parameters()}], density=0.25, granularity="column", lr=1e-3)
+    norms = model[1].weight.detach().square().sum(0)
+    bare = NanoAdam([nn.Parameter(torch.randn(3, 8, 8))], density=0.25, granularity="column", lr=1e-3)
+    for optimizer in (opt, bare):
+        optimizer.refresh()
+    assert set(opt.columns(model[1].weight).tolist()) == set(norms.topk(4).indices.tolist())
+    (weight,) = bare.param_groups[0]["params"]
+    assert weight.detach()[bare.selected(weight)].abs().max() < weight.detach()[~bare.selected(weight)].abs().max()
+    assert opt.param_groups[0]["criterion"] is None  # saved as what it was
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
 
 
 def test_two_optimizers_on_one_layer_get_whole_gradients():

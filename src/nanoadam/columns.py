@@ -17,14 +17,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
+from nanoadam.chunks import ColumnLayout, Layout
 from nanoadam.gradients import Box, SelectedGradient
 from nanoadam.ops import Selection, Slot, backend, reference
 
@@ -54,7 +55,7 @@ class Served:
     def renew(self) -> None:
         """Follow a new selection. Where that was made in place, so is this: a captured graph goes on reading it."""
         selection = self.slot.selection
-        if selection is None or self.slot.unselected or self.in_vain:
+        if selection is None or self.slot.unselected or self.in_vain or id(self.weight) in _whole:
             self.leaf = self.index = self.selection = None
             return
         if isinstance(selection.layout, ColumnLayout):
@@ -74,6 +75,9 @@ class Served:
 
 _served: dict[int, Served] = {}
 """By the identity of the weight. Weights live as long as what serves them."""
+
+_whole: Counter[int] = Counter()
+"""How many want to see the whole gradient of a weight, by its identity."""
 
 _forwards: dict[type[nn.Module], Callable[..., Tensor]] = {}
 """The forward functions that have been replaced."""
@@ -99,6 +103,39 @@ def serve(weight: Tensor, slot: Slot, owner: Owner, dtype: torch.dtype, keep_zer
 def leave(weight: Tensor) -> None:
     """Let layers compute the whole gradient of a weight again."""
     _forget(id(weight), _served.get(id(weight)))
+
+
+def whole(identities: Iterable[int]) -> Callable[[], None]:
+    """Let layers compute the whole gradients of some weights, which somebody wants to see, served or not.
+
+    Hooks made before the optimizer then see the dense gradient, and the optimizer cuts it down as it does any other.
+    To be called between steps.
+
+    Args:
+        identities: `id(weight)` of each: weights that hooks belong to must not be held by what those hooks hold.
+
+    Returns:
+        What ends the request.
+    """
+    keys = list(identities)
+    _whole.update(keys)
+    _renew(keys)
+
+    def end() -> None:
+        for key in keys:
+            _whole[key] -= 1
+            if _whole[key] <= 0:
+                del _whole[key]
+        _renew(keys)
+        keys.clear()
+
+    return end
+
+
+def _renew(keys: Iterable[int]) -> None:
+    for key in keys:
+        if (served := _served.get(key)) is not None:
+            served.renew()
 
 
 def _forget(key: int, served: Served | None) -> None:
@@ -138,8 +175,8 @@ def _replace() -> None:
         conv1d.forward = _conv1d_forward
 
 
-def _ready(weight: Tensor, kind: type[AnyLayout]) -> Served | None:
-    """What serves a weight in this forward pass, its selection of that kind made."""
+def _ready(weight: Tensor, *, transposed: bool | None = None) -> Served | None:
+    """What serves a weight in this forward pass: by columns of a weight stored that way, or None by single weights."""
     served = _served.get(id(weight))
     if served is None or not torch.is_grad_enabled() or not weight.requires_grad:
         return None
@@ -148,12 +185,17 @@ def _ready(weight: Tensor, kind: type[AnyLayout]) -> Served | None:
         if owner is None:
             return None
         owner._before_forward(served.slot)
-    selection = served.selection
-    return served if selection is not None and isinstance(selection.layout, kind) else None
+    layout = served.selection.layout if served.selection is not None else None
+    if isinstance(layout, ColumnLayout) and layout.transposed is not transposed:
+        if transposed is not None and not torch.compiler.is_compiling():  # the group takes its rows for its columns
+            served.in_vain = True
+            served.renew()
+        return None
+    return served if layout is not None and isinstance(layout, Layout) is (transposed is None) else None
 
 
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    served = _ready(self.weight, ColumnLayout)
+    served = _ready(self.weight, transposed=False)
     if served is None:
         return functional.linear(input, self.weight, self.bias)
     return _served_linear(input, self.weight, self.bias, served, False)
@@ -161,7 +203,7 @@ def _linear(self: nn.Linear, input: Tensor) -> Tensor:
 
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
     plain = self.max_norm is None and not self.sparse and not self.scale_grad_by_freq
-    served = _ready(self.weight, Layout) if plain else None
+    served = _ready(self.weight) if plain else None
     if served is None:
         output: Tensor = _forwards[nn.Embedding](self, input)
         return output
@@ -174,7 +216,7 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    served = _ready(self.weight, ColumnLayout)
+    served = _ready(self.weight, transposed=True)
     if served is None:
         forward: Callable[[Any, Tensor], Tensor] = _forwards[type(self)]
         return forward(self, x)
@@ -190,7 +232,7 @@ def _served_linear(input: Tensor, weight: Tensor, bias: Tensor | None, served: S
         if input.dtype != torch.float64:
             input, weight = input.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    columns = input.reshape(-1, input.shape[-1]).index_select(1, index)
+    columns = input.index_select(-1, index)
     output: Tensor = _ColumnLinear.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, leaf, columns, index, transposed
     )
@@ -206,8 +248,9 @@ _REFRESHED = (
 class _ColumnLinear(torch.autograd.Function):
     """A linear layer: its weight's gradient goes to `leaf`, the selected columns only.
 
-    `columns` [tokens, keep and some] are the inputs that are kept. Backward is made of what can be differentiated
-    again, so gradients of gradients are whole.
+    `columns` [..., keep and some] are the inputs that are kept. The product with all of them is made: it takes half the
+    time of one with a number of columns that is not aligned. Backward is made of what can be differentiated again, so
+    gradients of gradients are whole.
     """
 
     @staticmethod
@@ -223,7 +266,11 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, columns, index)  # the index only so that a refresh in between is noticed
         ctx.transposed, ctx.keep, ctx.dtype = transposed, leaf.shape[0], leaf.dtype
-        output = functional.linear(input.reshape(-1, input.shape[-1]), weight.t() if transposed else weight, bias)
+        if transposed:
+            weight = weight.t()
+        if bias is None:
+            return functional.linear(input, weight)
+        output = functional.linear(input.reshape(-1, input.shape[-1]), weight, bias)
         # Not view(): what a Function returns as a view may not be written to, as nn.ReLU(inplace=True) does.
         whole: Tensor = torch.ops.aten._unsafe_view.default(output, [*input.shape[:-1], output.shape[-1]])
         return whole
@@ -241,7 +288,7 @@ class _ColumnLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             to_bias = flat.sum(0)
         if ctx.needs_input_grad[3]:
-            to_leaf = (columns[:, : ctx.keep].t() @ flat).to(ctx.dtype)
+            to_leaf = (columns.reshape(-1, columns.shape[-1]).t() @ flat)[: ctx.keep].to(ctx.dtype)
         return to_input, None, to_bias, to_leaf, None, None, None
 
 

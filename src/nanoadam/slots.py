@@ -76,14 +76,19 @@ def is_dense(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     return bool(group["dense"]) or parameter.dim() < 2
 
 
+def by_column(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a tensor of a group is selected from by whole columns: where it has two dimensions."""
+    return bool(group["granularity"] == "column") and parameter.dim() == 2
+
+
 def layout_of(parameter: Tensor, group: Mapping[str, Any], density: float) -> AnyLayout:
-    """How a tensor of a group is selected from at some density: by columns where it has two dimensions.
+    """How a tensor of a group is selected from at some density.
 
     Of a sharded tensor, what lies on this process: its chunks are those of the full tensor where shards end between
     chunks; its columns are those of the full tensor, a part of each.
     """
     shape = local(parameter).shape
-    if group["granularity"] == "column" and parameter.dim() == 2:
+    if by_column(parameter, group):
         if 0 in shape:
             return ColumnLayout(0, shape[1], keep_count(shape[1], density), group["transposed"])
         return column_layout(shape, density, transposed=group["transposed"])

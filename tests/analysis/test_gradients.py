@@ -1,12 +1,15 @@
 """Gradients are measured tensor by tensor, and the model is left as it was."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import nanoadam
-from nanoadam import analysis
+from nanoadam import analysis, columns
 from nanoadam.analysis import gradients
 
 
@@ -105,6 +108,72 @@ def test_the_recorder_measures_at_its_steps_only(kind: str) -> None:
     ]  # fmt: skip
     for found, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+class Words(nn.Module):
+    """Every kind of layer that computes selected entries only, and one that does not."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.types = nn.Embedding(12, 8, padding_idx=0), nn.Embedding(2, 8)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+        self.conv, self.head = nn.Conv1d(8, 8, 1), nn.Linear(8, 12)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids) + self.types((ids > 6).long())
+        x = self.second(torch.relu(self.first(x)))
+        return self.head(self.conv(x.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("granularity", ["weight", "column"])
+def test_layers_that_compute_what_is_selected_compute_all_where_it_is_measured(granularity: str, tied: bool) -> None:
+    def train(record: bool) -> tuple[Words, analysis.GradientRecorder | None]:
+        model = Words(tied)
+        torch.manual_seed(2)
+        data = [torch.randint(12, (3, 5)) for _ in range(5)]
+        recorder = analysis.GradientRecorder(model, (0, 1, 3), lambda w, g: g.clone()) if record else None
+        groups = nanoadam.param_groups(model, granularity=granularity)
+        optimizer = nanoadam.NanoAdam(groups, lr=1e-2, density=0.5, mask_interval=2, granularity=granularity)
+        for step, ids in enumerate(data):
+            whole = [slot.served.leaf is None for slot in optimizer._slots.values() if slot.served is not None]
+            assert whole == ([record and step in (1, 3)] * len(whole) if step and not tied else whole)
+            before = copy.deepcopy(model)
+            scalar = functional.cross_entropy(model(ids).transpose(1, 2), ids)
+            scalar.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if recorder is not None:
+                recorder.advance()
+                now = {r["name"]: r["value"] for r in recorder.records if r["step"] == step}
+                assert bool(now) == (step in (0, 1, 3))
+                functional.cross_entropy(before(ids).transpose(1, 2), ids).backward()
+                for name, gradient in now.items():
+                    torch.testing.assert_close(gradient, before.get_parameter(name).grad)
+        if recorder is not None:
+            assert {r["name"] for r in recorder.records} == {n for n, p in model.named_parameters() if p.dim() > 1}
+            recorder.close()
+        return model, recorder
+
+    (plain, _), (recorded, _) = train(False), train(True)
+    for expected, found in zip(plain.parameters(), recorded.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the recorder changes nothing
+
+
+def test_a_recorder_that_is_forgotten_asks_for_nothing_more() -> None:
+    model = Words()
+    recorder = analysis.GradientRecorder(model, (0,))
+    assert len(columns._whole) == 6
+    recorder.close()
+    assert not columns._whole
+    del recorder
+    analysis.GradientRecorder(model, (0,))
+    del model
+    gc.collect()
+    assert not columns._whole
 
 
 def test_of_accumulated_gradients_the_sum_is_measured_once() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanoadam import columns
 from nanoadam.analysis.measures import relation
 from nanoadam.gradients import SelectedGradient
 from nanoadam.groups import param_groups
@@ -102,7 +104,9 @@ class GradientRecorder:
     """Measures each tensor's gradient against its weights at chosen steps of any training run, during backward.
 
     To be made before the optimizer: NanoAdam cuts gradients down in a hook of its own, and hooks run in the order in
-    which they were made. Where several backward passes make a step, the last one counts, with what `grad` holds then.
+    which they were made. At these steps layers that would compute selected entries only compute whole gradients. Where
+    several backward passes make a step, the last one counts, with what `grad` holds then; NanoAdam then needs
+    `gradient_release=False`.
 
     Args:
         model: what is trained.
@@ -119,10 +123,23 @@ class GradientRecorder:
         self.records: list[dict[str, Any]] = []
         self._step, self._steps, self._measure = 0, frozenset(steps), measure
         self._now: dict[str, dict[str, Any]] = {}
+        found = tensors(model)
+        self._identities = [id(parameter) for parameter, _ in found.values()]
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(name, role))
-            for name, (parameter, role) in tensors(model).items()
+            for name, (parameter, role) in found.items()
         ]
+        self._request: weakref.finalize[..., GradientRecorder] | None = None
+        self._ask()
+
+    def _ask(self) -> None:
+        """For whole gradients, if they are measured in the present step; a recorder that is forgotten asks no more."""
+        wanted = bool(self._hooks) and self._step in self._steps
+        if self._request is not None and not wanted:
+            self._request()
+            self._request = None
+        elif self._request is None and wanted:
+            self._request = weakref.finalize(self, columns.whole(self._identities))
 
     def _hook(self, name: str, role: str) -> Callable[[Tensor], None]:
         def measured(parameter: Tensor) -> None:
@@ -130,7 +147,8 @@ class GradientRecorder:
                 return
             if parameter.grad is None or isinstance(parameter.grad, SelectedGradient):
                 raise ValueError(
-                    f"the gradient of {name} was taken before it was measured: make the recorder before the optimizer"
+                    f"the gradient of {name} was cut down before it was measured: make the recorder before the "
+                    "optimizer, which needs gradient_release=False if several backward passes make a step"
                 )
             with torch.no_grad():
                 value = self._measure(parameter.detach(), parameter.grad)
@@ -143,9 +161,11 @@ class GradientRecorder:
         self.records += self._now.values()
         self._now = {}
         self._step += 1
+        self._ask()
 
     def close(self) -> None:
         """Leave the model as it was."""
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
+        self._ask()
