@@ -150,6 +150,11 @@ def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) ->
                 f"{called} is sharded along its inputs, so no process has a whole column of it: use "
                 "granularity='weight' for it"
             )
+        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "FlatParameter":
+            raise TypeError(
+                f"{called} was taken apart by DeepSpeed ZeRO-3 or FSDP1, which leave no rows to select from: shard the "
+                "model with FSDP2 (fully_shard), or use nanoadam.distributed.replicate"
+            )
         if isinstance(parameter, UninitializedParameter):
             raise TypeError(f"{called} has no shape yet; run the model once before making the optimizer")
         if parameter.layout != torch.strided:
@@ -162,6 +167,19 @@ def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) ->
             )
         if options["capturable"] and parameter.device.type == "cpu":
             raise ValueError(f"{called} is on the CPU; capturable=True is for CUDA graphs: use capturable=False")
+
+
+def check_flattened(before: Sequence[Tensor], group: Mapping[str, Any], where: str) -> None:
+    """Raise TypeError if the matrices of a group were replaced by flat tensors, which would be dense ones."""
+    now = group["params"]
+    if before and now and not group["dense"] and all(parameter.dim() < 2 for parameter in now):
+        known = {id(parameter) for parameter in before}
+        if not any(id(parameter) in known for parameter in now) and sum(p.numel() for p in now) > 1:
+            raise TypeError(
+                f"somebody has replaced the {len(before)} matrices of {where} by flat tensors, as DeepSpeed ZeRO-1 and "
+                "-2 do: there are no rows left to select from. Shard the model with FSDP2 (fully_shard), or use "
+                "nanoadam.distributed.replicate"
+            )
 
 
 def check_gradient(name: str, gradient: Tensor) -> None:

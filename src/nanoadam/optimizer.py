@@ -230,6 +230,8 @@ class NanoAdam(Optimizer):
             where = checks.label(group, i)
             checks.check_changes(group, self._seen[2][i] if i < len(self._seen[2]) else None, where)
             checks.check_parameters(group["params"], group, where)
+            if i < len(self._members):
+                checks.check_flattened([slot.parameter for slot in self._members[i][0]], group, where)
             for parameter, name in zip(group["params"], checks.names(group, i), strict=True):
                 if self.state.get(parameter):
                     checks.check_parameter_state(name, parameter, group, self.state[parameter])

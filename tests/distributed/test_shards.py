@@ -383,6 +383,20 @@ def test_tensor_parallel_layers(two):
     assert "sharded along its inputs" in refused
 
 
+def test_flat_tensors_in_place_of_matrices_are_refused():
+    """As DeepSpeed's ZeRO-1 and -2 put them into the groups; ZeRO-3 marks what it takes apart."""
+    model = Wide()
+    opt = NanoAdam(param_groups(model), **OPTIONS)
+    group = opt.param_groups[0]
+    group["params"] = [torch.cat([p.detach().reshape(-1) for p in group["params"]]).requires_grad_()]
+    group.pop("param_names", None)
+    with pytest.raises(TypeError, match="DeepSpeed ZeRO-1 and -2 do"):
+        opt.step()
+    model.embedding.weight.ds_id = 0
+    with pytest.raises(TypeError, match="ZeRO-3"):
+        NanoAdam(param_groups(model), **OPTIONS)
+
+
 def test_parameters_that_are_sharded_after_the_optimizer_was_made(two):
     for kinds, same, states in (end["switched"] for end in two):
         assert kinds[-1] == "SelectedGradient"
