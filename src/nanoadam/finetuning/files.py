@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import csv
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import io
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-
-from nanoadam.text import nearest
 
 PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = (",", ";", "\t", "|")
@@ -386,5 +385,8 @@ READERS: dict[str, Callable[[Path, Reading], Rows]] = {
 
 def missing(path: Path) -> ValueError:
     """What to say of a file that is not there."""
-    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return ValueError(f"there is no file {path}{nearest(path.name, near)}")
+    entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    # By the part before the suffix: all files with one suffix are like each other in it.
+    near = difflib.get_close_matches(path.stem, [Path(name).stem for name in entries], n=1, cutoff=0.6)
+    hint = f"; did you mean {next(name for name in entries if Path(name).stem == near[0])!r}?" if near else ""
+    return ValueError(f"there is no file {path}{hint}")
