@@ -252,6 +252,18 @@ def test_names_for_a_table_that_has_a_header_are_no_row(tmp_path: Path) -> None:
         rows_of(tmp_path / "a.csv", Reading(("sentence", "class")))
 
 
+def test_what_is_said_of_one_file_holds_for_others_where_they_do_not_say_it_themselves(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes("3;été;1\n4;film;0\n".encode("cp1252"))
+    written = {"bare.csv": "5;été;1\n".encode("cp1252"), "own.csv": "label,text\n1,été\n".encode()}
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+        job = config(tmp_path / "train.csv", columns=("id", "text", "label"), delimiter=";", encoding="cp1252",
+                     validation=str(tmp_path / name))  # fmt: skip
+        train, validation = data.load(job)
+        assert train.rows["text"][0] == validation.rows["text"][0] == "été", name
+        assert validation.rows["label"][0] == "1"
+
+
 def test_an_excel_sheet_is_a_table(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
