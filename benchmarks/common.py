@@ -211,10 +211,13 @@ def launches(work: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def free(device: torch.device) -> None:
-    """Give back what is no longer referred to."""
+    """Give back what is no longer referred to, and what libraries and kernels keep for the next call."""
     gc.collect()
+    if (tables := sys.modules.get("nanoadam.ops.tables")) is not None:
+        tables.block_rows.cache_clear()
     if device.type == "cuda":
         sync(device)
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

@@ -35,7 +35,7 @@ def trained(model, steps=12, forward=None, **options):
     groups = nanoadam.param_groups(model, granularity="column")
     options = {"lr": 1e-3, "density": 0.05, "mask_interval": 4, **options}
     optimizer = NanoAdam(groups, **options)
-    forward = forward or model
+    forward = model if forward is None else forward  # a compiled model has no truth
     for step in range(steps):
         torch.compiler.cudagraph_mark_step_begin()
         loss = nn.functional.cross_entropy(forward(ids(step)).float().flatten(0, 1), ids(step).flatten())

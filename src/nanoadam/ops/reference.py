@@ -340,7 +340,10 @@ def row_entries(selection: Selection, ids: Tensor, gradient: Tensor) -> Tensor:
     rows, which = ids.unique(return_inverse=True)
     width = gradient.shape[1]
     sums = torch.zeros(len(rows), width, dtype=torch.float32, device=gradient.device)
-    sums = sums.index_add(0, which, gradient.float())
+    if gradient.device.type == "cpu":
+        sums = sums.index_add(0, which, gradient.float())
+    else:  # where index_add would give other bits every time
+        sums = sums.index_put((which,), gradient.float(), accumulate=True)
     position = positions(selection.index.clamp(min=0), selection.layout)
     row, column = position // width, position % width
     place = torch.searchsorted(rows, row).clamp_(max=len(rows) - 1)
