@@ -23,7 +23,7 @@ def align(lines: Sequence[Sequence[str]], left: int) -> str:
 
 def unit(largest: int) -> tuple[str, int]:
     """The unit for a table whose largest entry is that many bytes, and its size in bytes."""
-    units = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))
+    units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
     return next(((name, size) for name, size in units if largest >= size), ("B", 1))
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanoadam.baselines.lora import has_adapters, pretrained
+from nanoadam.baselines.adapters import has_adapters, pretrained
 from nanoadam.finetuning import columns, data, files, labels
 from nanoadam.finetuning.config import Config
 
