@@ -54,4 +54,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 12 else hint.rstrip(".")
+    return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 16 else hint.rstrip(".")

@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file

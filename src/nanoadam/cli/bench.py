@@ -38,7 +38,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Every optimizer alone on random tensors of a model's shapes: state, time of a step, peak, and ratio to AdamW."""
-    need(("matplotlib", "numpy"))
+    need(("numpy",))
     from nanoadam.comparing import bench as lab
 
     settings = lab.Settings(
