@@ -359,8 +359,11 @@ def test_layers_that_an_adapter_does_not_know_are_named(name):
     model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(ValueError, match=rf"{name} works on nn.Linear layers, and h.0.attn.c_attn .* Conv1D"):
         baselines.ADAPTERS[name](model)
-    with pytest.raises(ValueError, match="shira cannot be put into Tiny: .* rank 64"):
+    with pytest.raises(ValueError, match="shira cannot be put into this model, try a smaller rank: .* rank 64"):
         baselines.apply_shira(Tiny(), rank=64)
+    for method, option in (("lora", "rank"), ("rslora", "rank"), ("shira", "rank"), ("oft", "block_size")):
+        with pytest.raises(ValueError, match=f"{method} needs a {option} of at least 1, got 0"):
+            baselines.ADAPTERS[method](Tiny(), **{option: 0})
 
 
 @pytest.mark.parametrize("name", [name for name, entry in BASELINES.items() if entry.package and entry.cpu])

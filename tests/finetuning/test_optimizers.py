@@ -157,7 +157,7 @@ def test_whole_columns_are_selected_if_asked_for(
     norms = before[name].norm(dim=0)
     assert norms[columns].max() <= norms[~columns].min()
     about = next(line["about"] for line in lines if "about" in line)
-    assert any("the smallest 25 % of the columns of" in text and "by weight" in text for text in about)
+    assert any("the smallest 25 %: whole columns in " in text and "single weights in" in text for text in about)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["settings"]["granularity"] == "column"
     by_weight = finetune.run(Config(**{**job, "density": 0.25}), tmp_path / "other")

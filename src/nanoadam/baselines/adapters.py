@@ -86,6 +86,9 @@ def _adapted(model: nn.Module, method: str, kind: str, options: dict[str, Any], 
         raise ImportError(f"{method} needs peft: pip install 'nanoadam[baselines]'") from error
     if has_adapters(model):
         raise ValueError("the model has adapters already")
+    for name, value in options.items():
+        if name in _AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{method} needs a {_AT_LEAST_ONE[name]} of at least 1, got {value}")
     targets, heads = _places(model)
     if not targets:
         raise ValueError(f"{method} needs linear layers, and {type(model).__name__} has none besides its head")
@@ -99,13 +102,19 @@ def _adapted(model: nn.Module, method: str, kind: str, options: dict[str, Any], 
         modules_to_save=heads or None,
         **options,
     )
+    size = next(name for name in _AT_LEAST_ONE if name in options)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Invalid `oft_block_size`")  # that it takes the nearest is documented
             adapted: nn.Module = peft.get_peft_model(model, config)
     except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:  # what peft says to a value
-        raise ValueError(f"{method} cannot be put into {type(model).__name__}: {error}") from error
+        raise ValueError(
+            f"{method} cannot be put into this model, try a smaller {_AT_LEAST_ONE[size]}: {error}"
+        ) from error
     return adapted
+
+
+_AT_LEAST_ONE = {"r": "rank", "oft_block_size": "block_size"}
 
 
 def _places(model: nn.Module) -> tuple[list[str], list[str]]:

@@ -14,6 +14,8 @@ from nanoadam.text import size
 
 FEW_ROWS = 200
 SHOWN = 10
+WHICH = {"smallest": "the smallest {}", "largest": "the largest {}", "random": "{} at random",
+         "gradient": "the {} with the largest gradients"}  # fmt: skip
 
 
 def beginning(job: Job) -> list[str]:
@@ -88,12 +90,12 @@ def _optimizer(job: Job) -> str:
 
     start, end = config.densities
     share = f"{100 * start:g} %" + (f" falling to {100 * end:g} %" if end is not None and end < start else "")
-    which, rest = config.criterion, "the rest (norms, biases, head) in full"
-    if not share_of("column"):
-        none = "; no layer has columns to select" * (config.granularity == "column")
-        return f"{name}, the {which} {share} of {share_of('weight'):.3g} % of the weights; {rest}{none}"
-    others = f", of {share_of('weight'):.3g} % by weight" * bool(share_of("weight"))
-    return f"{name}, the {which} {share} of the columns of {share_of('column'):.3g} % of the weights{others}; {rest}"
+    which = WHICH[config.criterion].format(share)
+    where, rest = f"{share_of('weight'):.3g} %", "the rest (norms, biases, head) in full"
+    if config.granularity == "column":
+        columns = f"whole columns in {share_of('column'):.3g} % of the weights"
+        return f"{name}, {which}: {columns}, single weights in {where}; {rest}"
+    return f"{name}, {which} of {where} of the weights; {rest}"
 
 
 def expected(job: Job) -> dict[str, dict[str, int]]:
