@@ -22,7 +22,7 @@ import queue
 import random
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -430,13 +430,13 @@ def _matthews(guess: Any, label: Any, classes: int) -> float:
     return float((right * total - (true * said).sum()) / below) if below > 0 else 0.0
 
 
-def batches(order: Sequence[int], seed: int) -> Iterator[list[int]]:
+def batches(order: Sequence[int], seed: int, size: int = BATCH) -> Iterator[list[int]]:
     """Shuffled anew in each epoch, without end."""
     generator = random.Random(seed)
     while True:
         shuffled = generator.sample(list(order), len(order))
-        for start in range(0, len(shuffled) - BATCH + 1, BATCH):
-            yield shuffled[start : start + BATCH]
+        for start in range(0, len(shuffled) - size + 1, size):
+            yield shuffled[start : start + size]
 
 
 def do(task: Task, run: Run, deadline: float) -> dict[str, Any] | None:
@@ -536,13 +536,27 @@ def train(
     return model, losses, evaluations
 
 
+JOBS = "NANOADAM_BENCHMARK_JOBS"
+"""The variable that tells a process how many share its GPU."""
+
+
+def share_gpu() -> Any:
+    """The device; of a GPU's memory this process takes its part and no more."""
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_per_process_memory_fraction(0.93 / int(os.environ.get(JOBS, "1")))
+    return torch.device("cuda")
+
+
 def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> None:
     """What a process does: runs until there are none or the time is over."""
     import torch
 
-    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = share_gpu()
     tasks: dict[str, Task] = {}
     while time.time() < deadline:
         try:
@@ -579,24 +593,33 @@ def main() -> None:
         prepare(arguments.shared, arguments.minilm, arguments.out)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    def chosen(model: str) -> list[Run]:
+        runs = [run for run in (short if arguments.short else plan)(model) if (arguments.only or "") in run.name]
+        return [run for run in runs if not arguments.tasks or run.task in arguments.tasks.split(",")]
+
+    shared_run(arguments, chosen, serve)
+
+
+def shared_run(arguments: Any, chosen: Callable[[str], Sequence[Any]], target: Callable[..., None]) -> None:
+    """The runs of each model in turn, in processes that share a GPU; `target` is what each process does."""
     deadline = time.time() + arguments.seconds
     models = arguments.models.split(",")
     for number, model in enumerate(models):
         until = deadline - (deadline - time.time()) * (len(models) - number - 1) / (len(models) - number)
-        runs = [run for run in (short if arguments.short else plan)(model) if (arguments.only or "") in run.name]
-        if arguments.tasks:
-            runs = [run for run in runs if run.task in arguments.tasks.split(",")]
-        left = _many(arguments, model, runs, until)
+        runs = chosen(model)
+        left = _many(arguments, model, runs, until, target)
         print(f"{model}: {len(runs) - left} of {len(runs)} runs done", flush=True)
 
 
-def _many(arguments: Any, model: str, runs: Sequence[Run], until: float) -> int:
+def _many(arguments: Any, model: str, runs: Sequence[Any], until: float, target: Callable[..., None]) -> int:
+    os.environ[JOBS] = str(arguments.jobs)
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for run in runs:
         jobs.put(run)
     workers = [
-        context.Process(target=serve, args=(str(arguments.data), model, jobs, results, until), daemon=True)
+        context.Process(target=target, args=(str(arguments.data), model, jobs, results, until), daemon=True)
         for _ in range(arguments.jobs)
     ]
     for worker in workers:

@@ -31,10 +31,10 @@ def network(dtype=torch.float32, bias=True):
     ).to(dtype)
 
 
-def optimizer_of(model, **options):
+def optimizer_of(model, *, transposed=False, **options):
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "roles": ["matrix"] * len(matrices)}]
+    groups = [{"params": matrices, "roles": ["matrix"] * len(matrices), "transposed": transposed}]
     return NanoAdam([*groups, *([{"params": others, "dense": True}] if others else [])], **{**OPTIONS, **options})
 
 
@@ -133,7 +133,9 @@ def trained(model, opt, steps=50, accumulate=2, change=lambda model, opt, step: 
     return bits(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"criterion": "largest"}, {"criterion": "random"}, {"moments": "reset"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"criterion": "largest"}, {"criterion": "random"}, {"moments": "reset"}, {"transposed": True}]
+)
 def test_release_on_and_off_agree_over_refreshes_and_schedules(options):
     ends = []
     for released in (True, False):
@@ -142,6 +144,9 @@ def test_release_on_and_off_agree_over_refreshes_and_schedules(options):
         options = {**options, "density": density, "gradient_release": released, "state_dtype": torch.float32}
         options["eps"] = 1e-4  # or rounding of gradients near zero would turn into whole steps
         ends.append(trained(model, optimizer_of(model, **options)))
+        if options.get("transposed"):  # the group takes the rows of its layers, which compute whole gradients then
+            touched = (model[0].weight.detach() != network()[0].weight.detach()).any(1)
+            assert 0 < touched.sum() < len(touched)
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
+from nanoadam.chunks import ColumnLayout, Layout
 from nanoadam.gradients import Box, SelectedGradient
 from nanoadam.ops import Selection, Slot, backend, reference
 
@@ -175,8 +175,8 @@ def _replace() -> None:
         conv1d.forward = _conv1d_forward
 
 
-def _ready(weight: Tensor, kind: type[AnyLayout]) -> Served | None:
-    """What serves a weight in this forward pass, its selection of that kind made."""
+def _ready(weight: Tensor, *, transposed: bool | None = None) -> Served | None:
+    """What serves a weight in this forward pass: by columns of a weight stored that way, or None by single weights."""
     served = _served.get(id(weight))
     if served is None or not torch.is_grad_enabled() or not weight.requires_grad:
         return None
@@ -185,12 +185,17 @@ def _ready(weight: Tensor, kind: type[AnyLayout]) -> Served | None:
         if owner is None:
             return None
         owner._before_forward(served.slot)
-    selection = served.selection
-    return served if selection is not None and isinstance(selection.layout, kind) else None
+    layout = served.selection.layout if served.selection is not None else None
+    if isinstance(layout, ColumnLayout) and layout.transposed is not transposed:
+        if transposed is not None and not torch.compiler.is_compiling():  # the group takes its rows for its columns
+            served.in_vain = True
+            served.renew()
+        return None
+    return served if layout is not None and isinstance(layout, Layout) is (transposed is None) else None
 
 
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    served = _ready(self.weight, ColumnLayout)
+    served = _ready(self.weight, transposed=False)
     if served is None:
         return functional.linear(input, self.weight, self.bias)
     return _served_linear(input, self.weight, self.bias, served, False)
@@ -198,7 +203,7 @@ def _linear(self: nn.Linear, input: Tensor) -> Tensor:
 
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
     plain = self.max_norm is None and not self.sparse and not self.scale_grad_by_freq
-    served = _ready(self.weight, Layout) if plain else None
+    served = _ready(self.weight) if plain else None
     if served is None:
         output: Tensor = _forwards[nn.Embedding](self, input)
         return output
@@ -211,7 +216,7 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    served = _ready(self.weight, ColumnLayout)
+    served = _ready(self.weight, transposed=True)
     if served is None:
         forward: Callable[[Any, Tensor], Tensor] = _forwards[type(self)]
         return forward(self, x)
