@@ -62,7 +62,8 @@ def measures(config: Config, processor: Any) -> dict[str, Measure]:
         stem = Path(name).stem if Path(name).expanduser().exists() else name
         if stem in found:
             raise ValueError(f"retain holds two files called {stem}: their results could not be told apart")
-        key = ("retain", data.stamp(name), config.task, data.stamp(config.tokenizer or config.model))
+        reading = (config.delimiter, config.encoding)
+        key = ("retain", data.stamp(name), config.task, data.stamp(config.tokenizer or config.model), reading)
         measure = data.remembered(key, functools.partial(_measure, name, config, processor))
         found[stem] = functools.partial(measure, precision=precision)
     return found
