@@ -90,11 +90,15 @@ def test_adapters_can_be_trained_by_nanoadam(job: dict[str, object], tmp_path: P
         ("lora", "lora.rank=2"),
         ("shira", "shira.rank=2"),
         ("oft", "oft.block_size=16"),
+        ("nanoadam", ""),
     ],
 )
 def test_it_goes_on_bit_for_bit_with_resume(name: str, options: str, job: dict[str, object], tmp_path: Path) -> None:
     needs(name)
-    given = Config(**{**job, "max_steps": 5}, optimizer=name, optimizer_options=(options,), save_every=2)
+    own = (
+        {"optimizer_options": (options,)} if options else {"granularity": "column", "density": 0.3, "mask_interval": 2}
+    )
+    given = Config(**{**job, "max_steps": 5, "optimizer": name, "save_every": 2, **own})
     finetune.run(given, tmp_path / "whole")
 
     def stop(line: dict[str, object]) -> None:
