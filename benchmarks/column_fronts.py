@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import lzma
+import math
 import os
 import queue
 import statistics
@@ -218,7 +219,7 @@ def tune(job: Job, run: Run) -> dict[str, Any]:
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps:
-            losses.append(round(float(loss), 4))
+            losses.append(round(float(loss.detach()), 4))
     peak = torch.cuda.max_memory_allocated() if job.device.type == "cuda" else None
     model = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
     after = {name: value.detach().clone() for name, value in _original(model).items()}
@@ -371,7 +372,7 @@ def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> 
 
 def value(line: dict[str, Any], part: str) -> tuple[float, float]:
     """(what is learned, what is kept), both the lower the better."""
-    found = line["parts"][part]
+    found = {name: math.nan if number is None else number for name, number in line["parts"][part].items()}
     if line["model"] == "llama":
         return found["loss"], found["kept"]
     return -found["matthews" if line["task"] == "cola" else "accuracy"], -found["kept"]
@@ -401,6 +402,9 @@ def show(files: Sequence[Path]) -> str:
     texts = [f"left out: {line['task']} {line['rule']}: {line['error']}" for line in lines if "error" in line]
     texts = list(dict.fromkeys(texts))
     lines = [line for line in lines if "error" not in line]
+    diverged = [line for line in lines if value(line, "1")[0] != value(line, "1")[0]]
+    texts += [f"diverged: {line['task']} {line['rule']} at {line['lr']:g}, seed {line['seed']}" for line in diverged]
+    lines = [line for line in lines if line not in diverged]
     for task in dict.fromkeys(line["task"] for line in lines):
         rows = []
         for rule in dict.fromkeys(line["rule"] for line in lines if line["task"] == task):
@@ -419,7 +423,8 @@ def show(files: Sequence[Path]) -> str:
                     points = [value(line, part) for line in own if line["seed"] == seed for part in line["parts"]]
                     found.append(level(points, at))
                 good = [abs(each) for each in found if each is not None]
-                cells.append("-" if len(good) < len(found) else spread(good))
+                few = f" ({len(good)})" if good and len(good) < len(found) else ""  # seeds that come there
+                cells.append(spread(good) + few if good else "-")
             rows.append([
                 rule, whole, len(seeds), f"{best:g} {edge}",
                 spread([abs(value(line, "1")[0]) for line in at_best]),

@@ -405,7 +405,7 @@ def test_columns_never_selected_keep_their_bits(dtype):
 def test_the_first_step_of_a_column_that_enters_has_length_lr():
     torch.manual_seed(0)
     layer = nn.Linear(40, 30, bias=False)
-    opt = optimizer_of(layer, lr=1e-3, density=0.2, mask_interval=10, state_dtype=torch.float32)
+    opt = optimizer_of(layer, lr=1e-3, density=0.2, mask_interval=10, state_dtype=torch.float32, criterion="smallest")
     before = None
     for step in range(31):
         if step and step % 10 == 0:
@@ -506,6 +506,22 @@ def test_groups_by_column_hold_linear_layers_and_nothing_else():
     assert "3.weight" in selected[0]["param_names"]
     with pytest.raises(ValueError, match="granularity must be 'weight' or 'column', got 'row'"):
         nanoadam.param_groups(model, granularity="row")
+
+
+def test_by_default_the_largest_columns_and_the_smallest_weights_are_selected():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 8))
+    opt = NanoAdam([{"params": model.parameters()}], density=0.25, granularity="column", lr=1e-3)
+    norms = model[1].weight.detach().square().sum(0)
+    bare = NanoAdam([nn.Parameter(torch.randn(3, 8, 8))], density=0.25, granularity="column", lr=1e-3)
+    for optimizer in (opt, bare):
+        optimizer.refresh()
+    assert set(opt.columns(model[1].weight).tolist()) == set(norms.topk(4).indices.tolist())
+    (weight,) = bare.param_groups[0]["params"]
+    assert weight.detach()[bare.selected(weight)].abs().max() < weight.detach()[~bare.selected(weight)].abs().max()
+    assert opt.param_groups[0]["criterion"] is None  # saved as what it was
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
 
 
 def test_two_optimizers_on_one_layer_get_whole_gradients():

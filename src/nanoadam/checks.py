@@ -118,7 +118,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         if not isinstance(options[name], bool):
             raise TypeError(f"{name} must be True or False, got {options[name]!r} for {where}")
     for name, choices in (("criterion", CRITERIA), ("moments", MOMENTS), ("granularity", GRANULARITIES)):
-        if options[name] not in choices:
+        if options[name] not in choices and not (name == "criterion" and options[name] is None):
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {options[name]!r} for {where}")
     for name, dtypes in (("state_dtype", STATE_DTYPES), ("grad_dtype", GRAD_DTYPES)):
         if options[name] not in dtypes:

@@ -25,7 +25,7 @@ from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
-from nanoadam.slots import by_device, empty, layout_of, make_slot
+from nanoadam.slots import by_column, by_device, empty, layout_of, make_slot
 
 
 class NanoAdam(Optimizer):
@@ -47,20 +47,21 @@ class NanoAdam(Optimizer):
             `nanoadam.linear(...)`, `cosine(...)`, `constant(...)`.
         mask_interval: steps between refreshes of the selection; see `nanoadam.recommended_intervals`.
         criterion: "smallest", "largest" or "random" weights, or those with the largest "gradient" (which needs
-            the dense gradient: nothing is released).
+            the dense gradient: nothing is released). None: the smallest weights, and of whole columns the largest,
+            which forget less (docs/results/columns.md).
         moments: at a refresh, "carry" them over for weights that stay selected, or "reset" all of them.
         keep_zeros: never select weights that are exactly zero, so that pruned models stay pruned.
         state_dtype: of the moments, torch.bfloat16 or torch.float32.
         stochastic_rounding: of bfloat16 moments and bfloat16 weights; otherwise to nearest.
-        granularity: "weight", or "column": whole input columns of tensors of two dimensions, those of least L2 norm;
-            other tensors are selected from by weight. The backward of an `nn.Linear` then computes these columns only.
+        granularity: "weight", or "column": whole input columns of tensors of two dimensions, by their L2 norm; other
+            tensors are selected from by weight. The backward of an `nn.Linear` then computes these columns only.
         seed: of the random bits, which depend on it, the step, the tensor and the position alone.
         gradient_release: cut gradients down to their selected entries during backward; otherwise `p.grad` stays dense.
         grad_dtype: of the entries in `p.grad`. The gradient's own dtype loses nothing where each step has one backward.
         maximize: ascend.
         capturable: `step()` may be captured in a CUDA graph; call `refresh()` between replays.
         release_bytes: bytes of dense gradients that may be alive together before they are compacted. Default: 0
-            (each at once) on CPU; on GPUs, where a launch costs more, 0.7 times the largest gradient.
+            (each at once) on CPU; on GPUs, where a launch costs more, 0.7 times the largest gradient, at most 64 MiB.
         local: with several processes, that each steps on its own gradients, or that you exchange them yourself
             (LocalSGD, hand-made averaging). Otherwise the first step checks that they were exchanged.
 
@@ -81,7 +82,7 @@ class NanoAdam(Optimizer):
         *,
         density: float | Schedule = 0.01,
         mask_interval: int | Intervals = 100,
-        criterion: str = "smallest",
+        criterion: str | None = None,
         moments: str = "carry",
         keep_zeros: bool = False,
         state_dtype: torch.dtype = torch.bfloat16,
@@ -350,6 +351,13 @@ class NanoAdam(Optimizer):
 
     @staticmethod
     def _select(slots: Iterable[Slot], group: Mapping[str, Any]) -> None:
+        """New selections, by the group's criterion or, where that is None, by the one of each granularity."""
+        slots = list(slots)
+        if group["criterion"] is None:
+            for criterion, whole in (("smallest", False), ("largest", True)):
+                some = [slot for slot in slots if by_column(slot.weight, group) is whole]
+                NanoAdam._select(some, {**group, "criterion": criterion})
+            return
         rule = Rule(
             criterion=group["criterion"],
             keep_zeros=group["keep_zeros"],
@@ -358,7 +366,7 @@ class NanoAdam(Optimizer):
             step=group["steps"],
             in_place=group["capturable"],
         )
-        for device, members, _ in by_device(list(slots)):
+        for device, members, _ in by_device(slots):
             gradients = None
             if rule.criterion == "gradient":
                 gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]

@@ -60,9 +60,14 @@ def is_dense(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     return bool(group["dense"]) or parameter.dim() < 2
 
 
+def by_column(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a tensor of a group is selected from by whole columns: where it has two dimensions."""
+    return bool(group["granularity"] == "column") and parameter.dim() == 2
+
+
 def layout_of(parameter: Tensor, group: Mapping[str, Any], density: float) -> AnyLayout:
-    """How a tensor of a group is selected from at some density: by columns where it has two dimensions."""
-    if group["granularity"] == "column" and parameter.dim() == 2:
+    """How a tensor of a group is selected from at some density."""
+    if by_column(parameter, group):
         return column_layout(parameter.shape, density, transposed=group["transposed"])
     return layout(parameter.shape, density)
 

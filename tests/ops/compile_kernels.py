@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nanoadam.baselines import window_kernels
-from nanoadam.ops import kernels, selection
+from nanoadam.ops import column_kernels, kernels, selection
 
 POINTERS = {
     "table": "*i64",
@@ -22,6 +22,9 @@ POINTERS |= dict.fromkeys(("corrections", "lr_pointer", "scale_pointer"), "*fp32
 NUMBERS = dict.fromkeys(("chunks", "key", "step"), "i32")
 WINDOW = {"scratch": "*fp32", "tensor_of": "*i32", "factors": "*fp32", "owners": "*i16"}
 WINDOW |= dict.fromkeys(("blocks", "row", "last", "filled", "number"), "i32")
+
+LOOKED_UP = {"row": "*i64", "starts": "*i64", "order": "*i64", "gradient": "*bf16", "entries": "*fp32"}
+OF_COLUMNS = {"memory": "*fp64", "scratch": "*i32"}
 
 UPDATE = {"LR_POINTER": False, "SCALE_POINTER": True, "STEP_POINTER": False, "MAXIMIZE": False, "STOCHASTIC": True}
 UPDATE |= {"WEIGHT_TYPE": tl.bfloat16, "STATE_TYPE": tl.bfloat16, "CHANNELS_LAST": False, "WIDE": False, "BLOCK": 1024}
@@ -46,6 +49,12 @@ GATHER = {
     "BLOCK": 1024,
 }
 
+TILE = {"TILE_COLUMNS": 16, "TILE_OUTPUTS": 64, "WIDE": False}
+COLUMNS = {name: value for name, value in UPDATE.items() if name not in ("CHANNELS_LAST", "BLOCK")} | TILE
+COLUMNS |= {"KEEP_ZEROS": False, "ENTRIES_TYPE": tl.bfloat16}
+SUMS = {"TYPE": tl.bfloat16, "WIDE": False, "PART": 1024, "TILE_OUTPUTS": 16, "TILE_INPUTS": 128}
+CHOOSE = {"CRITERION": 0, "KEEP_ZEROS": False, "CARRY": True, "BLOCK": 1024}
+
 BLOCKS = {"BLOCK": 4096, "WIDE": False}
 COMPRESS = BLOCKS | {"GRADIENT_TYPE": tl.bfloat16, "ALIGNED": True, "INTERPRETED": False}
 MOVE = BLOCKS | {"WEIGHT_TYPE": tl.bfloat16, "STOCHASTIC": True}
@@ -69,6 +78,14 @@ CASES = [
         SELECT | {"CRITERION": 3, "CHANNELS_LAST": True, "SIFT": False, "CANDIDATES": 1024, "KEPT": 512},
         2,
     ),
+    (kernels.row_entries, {"WIDE": False, "BLOCK": 128, "TOKENS": 16}, 4),
+    (column_kernels.gather, TILE | {"GRADIENT_TYPE": tl.bfloat16, "ENTRIES_TYPE": tl.float32, "ADD": True}, 4),
+    (column_kernels.update, COLUMNS, 4),
+    (column_kernels.update, COLUMNS | {"WIDE": True, "KEEP_ZEROS": True, "WEIGHT_TYPE": tl.float32}, 4),
+    (column_kernels.sums, SUMS, 4),
+    (column_kernels.choose, CHOOSE, 4),
+    (column_kernels.choose, CHOOSE | {"CRITERION": 2, "KEEP_ZEROS": True, "CARRY": False}, 4),
+    (column_kernels.carry, {"STATE_TYPE": tl.bfloat16, "BLOCK": 256}, 4),
     (window_kernels.compress, COMPRESS, 8),
     (window_kernels.compress, COMPRESS | LARGE | {"GRADIENT_TYPE": tl.float32, "ALIGNED": False}, 1),
     (window_kernels.move_few, MOVE | {"ENTRIES": 512}, 1),
@@ -80,6 +97,8 @@ CASES = [
 def compile_all(capability: int) -> None:
     for kernel, constants, warps in CASES:
         known = POINTERS | NUMBERS | (WINDOW if "tensor_of" in kernel.arg_names else {})
+        known |= OF_COLUMNS if kernel.module == column_kernels.__name__ else {}
+        known |= LOOKED_UP if kernel is kernels.row_entries else {}
         types = {name: known.get(name, "fp32") for name in kernel.arg_names}
         types |= dict.fromkeys(constants, "constexpr")
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

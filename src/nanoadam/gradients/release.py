@@ -19,9 +19,9 @@ from torch import Tensor
 from nanoadam.gradients.tensor import Box, SelectedGradient
 from nanoadam.ops import Slot
 
-GPU_BUDGET = 0.7
-"""Bytes of dense gradients alive together on a GPU, as a multiple of the largest gradient. That one has to be
-alive at some time anyway, so letting almost as much gather elsewhere costs no memory, and one launch serves several."""
+GPU_SHARE, GPU_BYTES = 0.7, 64 * 2**20
+"""Dense gradients alive together on a GPU: so much of the largest one, which has to be alive at some time anyway, and
+no more than so many bytes: where gradients are large one launch for each is time enough, and memory is what counts."""
 
 
 class Owner(Protocol):
@@ -94,7 +94,7 @@ class GradientRelease:
     Args:
         owner: the optimizer; referred to weakly, so that it is freed when its user lets it go.
         budget: bytes of dense gradients that may be alive together, the one that comes next included; 0 compacts
-            each at once. None: 0 on the CPU, elsewhere `GPU_BUDGET` times the largest gradient.
+            each at once. None: 0 on the CPU, elsewhere `GPU_SHARE` of the largest gradient, at most `GPU_BYTES`.
     """
 
     def __init__(self, owner: Owner, budget: int | None) -> None:
@@ -183,7 +183,7 @@ class GradientRelease:
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
         budget = self._budget
         if budget is None:
-            budget = 0 if gradient.device.type == "cpu" else int(GPU_BUDGET * self._largest)
+            budget = 0 if gradient.device.type == "cpu" else min(int(GPU_SHARE * self._largest), GPU_BYTES)
         if task == -1 or self._bytes + self._next_bytes.get(slot, self._largest) > budget:
             self.flush()
 
