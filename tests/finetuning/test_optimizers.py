@@ -1,5 +1,6 @@
 """Every optimizer of the registry trains through `finetune` and `compare`, takes its own options, says its limits."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -154,14 +155,19 @@ def test_whole_columns_are_selected_if_asked_for(
     lines: list[dict[str, object]] = []
     given = Config(**{**job, "density": 0.25}, granularity="column", mask_interval=1000)
     finetune.run(given, tmp_path / "run", lines.append)
+    told: list[dict[str, object]] = []
+    finetune.run(dataclasses.replace(given, criterion="smallest"), tmp_path / "told", told.append)
+    assert any("the smallest whole columns in" in text for line in told for text in line.get("about", ()))
     before, after = weights(Path(str(job["model"]))), weights(tmp_path / "run" / "model")
     name = "encoder.layer.0.intermediate.dense.weight"
     columns = (before[name] != after[f"bert.{name}"]).any(0)
     assert columns.sum() == 8  # a quarter of 32
     norms = before[name].norm(dim=0)
-    assert norms[columns].max() <= norms[~columns].min()
+    assert norms[columns].min() >= norms[~columns].max()  # the largest, unless told otherwise
     about = next(line["about"] for line in lines if "about" in line)
-    assert any("the smallest 25 %: whole columns in " in text and "single weights in" in text for text in about)
+    assert any(
+        "25 %: the largest whole columns in " in text and "the smallest single weights in" in text for text in about
+    )
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["settings"]["granularity"] == "column"
     by_weight = finetune.run(Config(**{**job, "density": 0.25}), tmp_path / "other")

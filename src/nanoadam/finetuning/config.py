@@ -124,7 +124,12 @@ class Config:
         "nanoadam",
         GRANULARITIES,
     )
-    criterion: str = _key("smallest", "Which weights are selected.", "nanoadam", CRITERIA)
+    criterion: str | None = _key(
+        None,
+        "Which are selected; by default the smallest weights, and of whole columns the largest.",
+        "nanoadam",
+        CRITERIA,
+    )
     keep_zeros: bool = _key(False, "Never select exact zeros: a pruned model stays pruned.", "nanoadam")
     moments: str = _key("carry", "Of weights that stay, at a new selection.", "nanoadam", ("carry", "reset"))
     state_dtype: str = _key("bfloat16", "Of the moments.", "nanoadam", ("bfloat16", "float32"))

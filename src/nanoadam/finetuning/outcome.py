@@ -15,7 +15,7 @@ from nanoadam.text import size
 FEW_ROWS = 200
 SHOWN = 10
 WHICH = {"smallest": "the smallest {}", "largest": "the largest {}", "random": "{} at random",
-         "gradient": "the {} with the largest gradients"}  # fmt: skip
+         "gradient": "{} with the largest gradients"}  # fmt: skip
 
 
 def beginning(job: Job) -> list[str]:
@@ -90,12 +90,13 @@ def _optimizer(job: Job) -> str:
 
     start, end = config.densities
     share = f"{100 * start:g} %" + (f" falling to {100 * end:g} %" if end is not None and end < start else "")
-    which = WHICH[config.criterion].format(share)
     where, rest = f"{share_of('weight'):.3g} %", "the rest (norms, biases, head) in full"
+    weights = WHICH[config.criterion or "smallest"]
     if config.granularity == "column":
-        columns = f"whole columns in {share_of('column'):.3g} % of the weights"
-        return f"{name}, {which}: {columns}, single weights in {where}; {rest}"
-    return f"{name}, {which} of {where} of the weights; {rest}"
+        columns = WHICH[config.criterion or "largest"].format("whole columns")
+        columns += f" in {share_of('column'):.3g} % of the weights"
+        return f"{name}, {share}: {columns}, {weights.format('single weights')} in {where}; {rest}"
+    return f"{name}, {weights.format(share)} of {where} of the weights; {rest}"
 
 
 def expected(job: Job) -> dict[str, dict[str, int]]:
