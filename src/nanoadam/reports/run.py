@@ -134,8 +134,8 @@ def _costs(manifest: dict[str, Any], lines: Lines) -> list[str]:
     share = draw(Chart(
         "How many weights does it work on?", selected, unit="%", zero=True,
         words="Selected: those that steps move, chosen anew now and then within each chunk (of whole columns: each "
-        "layer); selected so far counts each weight that ever was. Moved: weights of the whole model that differ from where they began; a weight that "
-        "was selected need not move, and norms and heads move without being selected.",
+        "layer); selected so far counts each weight that ever was. Moved: weights of the whole model that differ from "
+        "where they began; a weight that was selected need not move, and norms and heads move without being selected.",
     ))  # fmt: skip
     return [memory, share, seconds]
 
