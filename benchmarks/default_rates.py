@@ -75,7 +75,7 @@ def short(model: str) -> list[Run]:
     tasks, middle = list(TASKS[model]), MIDDLE[model][0]
     runs = [Run(task, "nanoadam", 0.0, seed, rule=True) for seed in (0, 1, 2) for task in tasks]
     for seed in (0, 1, 2):
-        runs += [Run(task, "nanoadam", middle * f, seed) for task in tasks for f in (1, 0.33, 3.3, 0.6, 1.8)]
+        runs += [Run(task, "nanoadam", middle * f, seed) for task in tasks for f in (1, 3.3, 1.8, 0.33, 6)]
     return runs
 
 
