@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,37 @@ def useless(runs: Sequence[dict[str, Any]], constant: float) -> str:
     return "\n".join(found)
 
 
+def drawn(rows: Sequence[Mapping[str, Any]], labels: tuple[str, str], title: str) -> Any:
+    """All fronts in one figure: their points, and the staircase of what each method reached.
+
+    Args:
+        rows: as from `table`.
+        labels: of the two axes.
+        title: above the figure.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, row in enumerate(rows):
+        color = f"C{index % 10}"
+        style = "-" if index < 10 else "--"
+        finite = [p for p in row["points"] if math.isfinite(p["x"]) and math.isfinite(p["y"])]
+        axes.plot([p["x"] for p in finite], [p["y"] for p in finite], "o", ms=3, color=color, alpha=0.5)
+        front = sorted((p["x"], p["y"]) for p in row["front"])
+        if front:
+            label = f"{row['method']} ({row['area']:.3f})"
+            axes.step(*zip(*front, strict=True), style, where="pre", lw=1.3, color=color, label=label)
+            axes.plot(*zip(*front, strict=True), "o", ms=5, color=color)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, title="area under the front", title_fontsize=7)
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="metrics.jsonl of comparisons of the same job")
@@ -195,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("", pairs(everything, options.pair, options.left, options.markdown), sep="\n")
     print("", useless(lines, options.constant), sep="\n")
     if options.svg:
-        figure = fronts.figure(rows, ("metric of the new task", f"left of {options.left}"), options.title)
+        figure = drawn(rows, ("metric of the new task", f"left of {options.left}"), options.title)
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fronts"}):
             figure.savefig(options.svg, metadata={"Date": None})
 

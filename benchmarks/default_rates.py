@@ -70,6 +70,15 @@ def plan(model: str) -> list[Run]:
     return first + heads(model) + grids(model)
 
 
+def short(model: str) -> list[Run]:
+    """What shows whether the rule does as well as the best of a grid: it, and five rates, 3 seeds each."""
+    tasks, middle = list(TASKS[model]), MIDDLE[model][0]
+    runs = [Run(task, "nanoadam", 0.0, seed, rule=True) for seed in (0, 1, 2) for task in tasks]
+    for seed in (0, 1, 2):
+        runs += [Run(task, "nanoadam", middle * f, seed) for task in tasks for f in (1, 3.3, 1.8, 0.33, 6)]
+    return runs
+
+
 def heads(model: str) -> list[Run]:
     """A head's own rate: of a new head, and of a pretrained one that is trained in full."""
     middle = {"minilm": 5e-4, "mobilenet": 1e-3}.get(model)
@@ -576,6 +585,8 @@ def main() -> None:
     running.add_argument("--jobs", type=int, default=16)
     running.add_argument("--seconds", type=float, default=540)
     running.add_argument("--out", type=Path, required=True)
+    running.add_argument("--short", action="store_true", help="the rule against five rates, 3 seeds each")
+    running.add_argument("--tasks", help="of those that the models have, separated by commas")
     running.add_argument("--only", help="a word that a run's name must hold")
     arguments = parser.parse_args()
     if arguments.command == "prepare":
@@ -584,7 +595,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     def chosen(model: str) -> list[Run]:
-        return [run for run in plan(model) if not arguments.only or arguments.only in run.name]
+        runs = [run for run in (short if arguments.short else plan)(model) if (arguments.only or "") in run.name]
+        return [run for run in runs if not arguments.tasks or run.task in arguments.tasks.split(",")]
 
     shared_run(arguments, chosen, serve)
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compare_fronts import shown, spread
-
-from nanoadam.paper import hyperbola
 
 Data = dict[str, Any]
 
@@ -95,7 +94,36 @@ def picture(data: Data, steps: Sequence[str]) -> Any:
                 value = {"points": points, "ratio": run["tensors"][step][name]}
                 layer = name.split(".", 1)[-1].removesuffix(".convolution.weight").replace(".", " ")
                 records.append({"name": f"{run['from']}, {layer}", "step": int(step), "value": value})
-    return hyperbola.planes("MobileNetV1 on CIFAR-10, AdamW, seed 0", records)
+    return drawn("MobileNetV1 on CIFAR-10, AdamW, seed 0", records)
+
+
+def drawn(title: str, records: Iterable[Mapping[str, Any]]) -> Any:
+    """|gradient| over |weight|, a row for each tensor that is drawn and a column for each step.
+
+    Args:
+        title: of the figure.
+        records: `Recorder.gradients`, or others like them; those without points are left out.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [record for record in records if "points" in record["value"]]
+    names = list(dict.fromkeys(record["name"] for record in shown))
+    steps = sorted({record["step"] for record in shown})
+    figure = Figure(figsize=(2.6 * len(steps), 2.3 * len(names) + 0.4), layout="constrained")
+    panels = figure.subplots(len(names), len(steps), squeeze=False)
+    for record in shown:
+        axes = panels[names.index(record["name"])][steps.index(record["step"])]
+        points, ratio = record["value"]["points"], record["value"]["ratio"]
+        axes.plot(points["weight"], points["gradient"], ".", ms=1.5, alpha=0.6)
+        axes.set_title(f"{record['name'].split('.', 1)[-1][-34:]}\nstep {record['step']}, r = "
+                       f"{math.nan if ratio is None else ratio:.3g}", fontsize=6)  # fmt: skip
+        axes.tick_params(labelsize=5)
+        axes.ticklabel_format(style="sci", scilimits=(0, 0))
+    figure.suptitle(f"{title}: |gradient| over |weight|", fontsize=9)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,8 +11,8 @@ import pytest
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 MEASURE = """<script>addEventListener("load", () => {
-  const svg = document.querySelector("svg[data-hover]"), box = svg.getBoundingClientRect();
-  svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 40}));
+  const svg = document.querySelector("svg[data-hover]"), box = svg?.getBoundingClientRect();
+  svg?.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 40}));
   const wide = document.documentElement.scrollWidth, style = getComputedStyle(document.body);
   document.title = JSON.stringify({wide, inner: innerWidth, back: style.backgroundColor, text: style.color,
     tip: document.querySelector(".tip:not([hidden])")?.textContent ?? ""});

@@ -15,7 +15,7 @@ from docs_blocks import ROOT, Block
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
-import docs_standins
+docs_standins = pytest.importorskip("docs_standins")
 
 # Libraries may warn; what we have to say must not be overheard.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:.*(NanoAdam|nanoadam)")

@@ -90,14 +90,18 @@ def bytes_held(model: nn.Module, optimizer: NanoAdam) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1)
 
 
-@pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("density", [0.02, 0.1, 1.0])  # at least two columns
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("moments", ["carry", "reset"])
-def test_state_is_what_the_optimizer_holds(density: float, state_dtype: torch.dtype, moments: str) -> None:
+@pytest.mark.parametrize("granularity", ["weight", "column"])
+def test_state_is_what_the_optimizer_holds(
+    density: float, state_dtype: torch.dtype, moments: str, granularity: str
+) -> None:
     model = llama()
     options = {"density": density, "state_dtype": state_dtype}
-    optimizer = NanoAdam(param_groups(model), mask_interval=1, moments=moments, **options)
-    expected = memory.estimate(model=model, carried=moments == "carry", **options).state
+    groups = param_groups(model, granularity=granularity)
+    optimizer = NanoAdam(groups, mask_interval=1, moments=moments, **options)
+    expected = memory.estimate(model=model, carried=moments == "carry", granularity=granularity, **options).state
     assert bytes_held(model, optimizer) == expected
     for _ in range(2):  # the second step refreshes the selection
         model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
@@ -106,14 +110,31 @@ def test_state_is_what_the_optimizer_holds(density: float, state_dtype: torch.dt
     assert bytes_held(model, optimizer) == expected
 
 
-def test_gradients_are_what_is_held_after_backward() -> None:
+@pytest.mark.parametrize("granularity", ["weight", "column"])
+def test_gradients_are_what_is_held_after_backward(granularity: str) -> None:
     model = llama()
-    optimizer = NanoAdam(param_groups(model), density=0.1, grad_dtype=torch.float32)
+    groups = param_groups(model, granularity=granularity)
+    optimizer = NanoAdam(groups, density=0.1, grad_dtype=torch.float32)
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
-    expected = memory.estimate(model=model, density=0.1, grad_dtype="float32")
+    expected = memory.estimate(model=model, density=0.1, grad_dtype="float32", granularity=granularity)
     assert optimizer.gradient_bytes() == expected.gradients + expected.held
-    chosen = sum(optimizer.state[p]["index"].numel() for p in model.parameters() if "index" in optimizer.state[p])
+    chosen = sum(optimizer.state[p]["exp_avg"].numel() for p in model.parameters() if "index" in optimizer.state[p])
     assert expected.held == 4 * chosen
+
+
+def test_columns_have_no_gradient_in_transit_and_no_index_of_a_weight() -> None:
+    model = llama()
+    row = memory.estimate(model=model, density=0.1, carried=True, granularity="column")
+    assert row.transient == 0
+    assert row.formula == "4 k S (8 by weight) + 4 dense"  # the embedding is selected from by weight
+    # A tied embedding is a head as well, whose layer computes all of its gradient.
+    tied = memory.estimate(model=llama(tie_word_embeddings=True), density=0.1, granularity="column")
+    assert tied.transient == 2 * 64 * 128
+    assert memory.estimate(params=1000, density=0.1, granularity="column").state == 4 * 100
+    rows = memory.table(params=1000, granularity="column")
+    assert [row.formula for row in rows if row.method.startswith("NanoAdam")] == ["4 k S"]
+    with pytest.raises(ValueError, match="granularity must be one of weight, column; got 'row'"):
+        memory.estimate(params=10, granularity="row")
 
 
 def test_heads_and_norms_are_counted_dense() -> None:
@@ -271,7 +292,7 @@ def test_small_numbers_keep_their_digits() -> None:
 
 
 def test_units_fit_the_table() -> None:
-    assert [text.unit(size)[0] for size in (2 * 10**9, 2 * 10**8, 2 * 10**4, 500)] == ["GB", "MB", "KB", "B"]
+    assert [text.unit(size)[0] for size in (2 * 10**9, 2 * 10**8, 2 * 10**4, 500)] == ["GB", "MB", "kB", "B"]
 
 
 def test_counting_does_not_load_transformers() -> None:

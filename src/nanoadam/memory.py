@@ -7,8 +7,9 @@ weights as the chunks keep them.
 
 What this implementation really holds per selected weight: an int16 index and two moments, 2 + 2 + 2 bytes
 with bfloat16 states, which is the paper's 6. `moments="carry"` (the default) takes 2 bytes more, from the start: the
-step at which the weight entered. Activations,
-temporary buffers and the allocator's rounding are not in here.
+step at which the weight entered. With `granularity="column"` an index and that step are of a whole input column, so
+the two moments are nearly all, and layers compute the gradient of the selected columns only, so none is in transit.
+Activations, temporary buffers and the allocator's rounding are not in here.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Estimate:
     held: int
     """Selected entries kept between backward and step (gradient release)."""
     transient: int
-    """The one dense gradient that exists before it is cut down: that of the largest selected tensor."""
+    """The one dense gradient that exists before it is cut down: of the largest tensor whose gradient is made whole."""
     state: int
 
     @property
@@ -71,6 +72,9 @@ class _Tensor:
     treatment: str  # "selected", "dense" or "frozen"
     linear: bool  # the weight of a linear layer within the model: what LoRA and GaLore work on
     counted: bool = False  # a bare count of weights, which has no chunks
+    columns: bool = False  # whole columns of it are selected
+    transposed: bool = False  # stored [inputs, outputs]
+    looked_up: bool = False  # by an embedding that is no head: only selected entries of its gradient are computed
 
     @property
     def numel(self) -> int:
@@ -80,8 +84,20 @@ class _Tensor:
     def bytes(self) -> int:
         return self.numel * self.itemsize
 
+    def layout(self, density: float) -> chunks.AnyLayout:
+        if self.columns:
+            return chunks.column_layout(self.shape, density, transposed=self.transposed)
+        return chunks.layout(self.shape, density)
+
     def kept(self, density: float) -> int:
-        return round(density * self.numel) if self.counted else chunks.layout(self.shape, density).selected
+        return round(density * self.numel) if self.counted else self.layout(density).selected
+
+    def state(self, density: float, size: int, carried: bool) -> int:
+        """Bytes of a selected tensor's state; of a bare count what a weight takes, without the few of a column."""
+        if not self.counted:
+            return chunks.state_bytes(self.layout(density), size, carried=carried)
+        kept = self.kept(density)
+        return 2 * size * kept if self.columns else nanoadam_state(kept, 0, size, carried=carried)
 
 
 @dataclass(frozen=True)
@@ -158,18 +174,20 @@ def _microadam(case: _Case) -> Estimate:
 def _nanoadam(case: _Case) -> Estimate:
     size = case.state_bytes or 2
     chosen = [tensor for tensor in case.trained if tensor.treatment == "selected"]
-    selected = sum(tensor.kept(case.density) for tensor in chosen)
     others = [tensor for tensor in case.trained if tensor.treatment == "dense"]
-    dense = sum(tensor.numel for tensor in others)
+    dense, columns = sum(tensor.numel for tensor in others), any(tensor.columns for tensor in chosen)
     each = nanoadam_state(1, 0, size, carried=case.carried)
-    shapes = (tensor.bytes for tensor in chosen if not tensor.counted)
+    by_weight = [tensor for tensor in chosen if not tensor.columns]
+    formula = f"{2 * size} k S" if columns else f"{each} k S"
+    formula += f" ({each} by weight)" * (columns and bool(by_weight)) + f" + {2 * size} dense" * bool(dense)
+    whole = (tensor.bytes for tensor in by_weight if not tensor.counted and not tensor.looked_up)
     return case.estimate(
-        f"NanoAdam, k={100 * case.density:g} %" + (", moments carried" if case.carried else ""),
-        f"{each} k S" + (f" + {2 * size} dense" if dense else ""),
-        nanoadam_state(selected, dense, size, carried=case.carried),
+        f"NanoAdam, k={100 * case.density:g} %{' of columns' * columns}" + ", moments carried" * case.carried,
+        formula,
+        sum(tensor.state(case.density, size, case.carried) for tensor in chosen) + 2 * size * dense,
         gradients=sum(tensor.bytes for tensor in others),
-        held=selected * case.grad_bytes,
-        transient=max(shapes, default=0),
+        held=sum(tensor.kept(case.density) for tensor in chosen) * case.grad_bytes,
+        transient=max(whole, default=0),
     )
 
 
@@ -222,6 +240,7 @@ def estimate(
     grad_dtype: DType = "float32",
     momentum: bool = False,
     carried: bool = False,
+    granularity: str = "weight",
 ) -> Estimate:
     """The memory that one method needs to finetune a model, in bytes.
 
@@ -239,21 +258,24 @@ def estimate(
         grad_dtype: of NanoAdam's held gradients.
         momentum: whether SGD has it.
         carried: NanoAdam with `moments="carry"`, its default; without, the paper's formula, as with "reset".
+        granularity: of NanoAdam's selection: "weight", or "column" for whole input columns of linear layers.
 
     Raises:
-        ValueError: for an unknown method or dtype, a density outside (0, 1], a count that is not positive, both
-            or neither of `params` and `model`, a model whose config cannot be read, or LoRA or GaLore without
+        ValueError: for an unknown method, granularity or dtype, a density outside (0, 1], a count that is not positive,
+            both or neither of `params` and `model`, a model whose config cannot be read, or LoRA or GaLore without
             the shapes of linear layers.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be in (0, 1], got {density}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got {granularity!r}")
     for name, count in (("window", window), ("rank", rank)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     case = _Case(
-        tensors=_tensors(params, model, weight_dtype),
+        tensors=_tensors(params, model, weight_dtype, granularity if method == "nanoadam" else "weight"),
         density=density,
         window=window,
         rank=rank,
@@ -266,12 +288,18 @@ def estimate(
 
 
 def table(
-    *, params: float | None = None, model: Model | None = None, density: float = 0.01, **options: Any
+    *,
+    params: float | None = None,
+    model: Model | None = None,
+    density: float = 0.01,
+    granularity: str | None = None,
+    **options: Any,
 ) -> list[Estimate]:
     """Every method on the same model, largest state first as in appendix G.
 
-    LoRA and GaLore are left out where the shapes of linear layers are not known. Takes the arguments of
-    `estimate` that do not belong to one method (`window`, `weight_dtype`, `grad_dtype`), and raises what it raises.
+    LoRA, GaLore and NanoAdam by columns are left out where the shapes of linear layers are not known. Takes the
+    arguments of `estimate` that do not belong to one method (`window`, `weight_dtype`, `grad_dtype`), and raises what
+    it raises. With a `granularity` NanoAdam has that one only.
     """
     if isinstance(model, (str, PathLike)):
         model = from_config(model)  # once, not once per method
@@ -279,9 +307,17 @@ def table(
         model = list(model)
     shapes = any(tensor.linear for tensor in _tensors(params, model, None))
     shared: dict[str, Any] = {"params": params, "model": model, "density": density, **options}
-    return [estimate(method, **shared, **own) for method, own in _TABLE if shapes or method not in _NEED_LINEAR]
+    rows = [(method, own) for method, own in _TABLE if shapes or method not in _NEED_LINEAR]
+    if granularity not in (None, *GRANULARITIES):
+        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got {granularity!r}")
+    if granularity == "column" or (granularity is None and shapes):
+        rows.append(("nanoadam", {"carried": True, "granularity": "column"}))
+    if granularity is not None:
+        rows = [(m, own) for m, own in rows if m != "nanoadam" or own.get("granularity", "weight") == granularity]
+    return [estimate(method, **shared, **own) for method, own in rows]
 
 
+GRANULARITIES = ("weight", "column")
 _NEED_LINEAR = ("galore", "lora")
 _TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("adamw", {"state_dtype": "float32"}),
@@ -296,8 +332,13 @@ _TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def render(rows: Sequence[Estimate]) -> str:
-    """A table of estimates for people, in GB of 1e9 bytes (MB for small models)."""
+def render(rows: Sequence[Estimate], *, assumed: bool = False) -> str:
+    """A table of estimates for people, in GB of 1e9 bytes (MB or kB for small models).
+
+    Args:
+        rows: one a line.
+        assumed: whether the bytes of a weight were not told, nor known from a model.
+    """
     name, size = unit(max(row.total for row in rows))
     header = ["method", "state by formula", "state", "weights", "gradients", "held", "in transit", "total"]
     lines = [
@@ -306,9 +347,10 @@ def render(rows: Sequence[Estimate]) -> str:
         for row in rows
     ]
     each = rows[0].weights / max(1, rows[0].parameters)
+    said = f"{short(each)} byte{'s' if each != 1 else ''} each{' (assumed)' if assumed else ''}"
     note = (
-        f"In {name} (1e{len(str(size)) - 1} bytes), for {rows[0].parameters:,} weights of {short(each)} bytes each, "
-        "without activations."
+        f"In {name} (1e{len(str(size)) - 1} bytes), for {rows[0].parameters:,} weights of {said}, and gradients as "
+        "large; without activations."
     )
     return f"{align([header, *lines], left=2)}\n{note}"
 
@@ -349,20 +391,29 @@ def from_config(name: str | PathLike[str]) -> nn.Module:
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
 
-def _tensors(params: float | None, model: Model | None, weight_dtype: DType | None) -> tuple[_Tensor, ...]:
+def _tensors(
+    params: float | None, model: Model | None, weight_dtype: DType | None, granularity: str = "weight"
+) -> tuple[_Tensor, ...]:
+    columns = granularity == "column"
     itemsize = None if weight_dtype is None else _itemsize(weight_dtype)
     if (params is None) == (model is None):
         raise ValueError("pass either params= (a number of weights) or model=, and not both")
     if params is not None:
         if not (math.isfinite(params) and params >= 1):
             raise ValueError(f"params must be a number of weights of at least 1, got {params}")
-        return (_Tensor((round(params),), itemsize or 2, "selected", linear=False, counted=True),)
+        return (_Tensor((round(params),), itemsize or 2, "selected", linear=False, counted=True, columns=columns),)
     if isinstance(model, (str, PathLike)):
         model = from_config(model)
     if hasattr(model, "named_parameters"):
-        return _module_tensors(model, itemsize)
+        return _module_tensors(model, itemsize, granularity)
     found = tuple(
-        _Tensor(tuple(shape), itemsize or 2, "selected" if len(shape) > 1 else "dense", linear=len(shape) == 2)
+        _Tensor(
+            tuple(shape),
+            itemsize or 2,
+            "selected" if len(shape) > 1 else "dense",
+            linear=len(shape) == 2,
+            columns=columns and len(shape) == 2,
+        )
         for _, shape in model or ()
         if math.prod(shape)
     )
@@ -371,7 +422,7 @@ def _tensors(params: float | None, model: Model | None, weight_dtype: DType | No
     return found
 
 
-def _module_tensors(model: Any, itemsize: int | None) -> tuple[_Tensor, ...]:
+def _module_tensors(model: Any, itemsize: int | None, granularity: str) -> tuple[_Tensor, ...]:
     from torch import nn
 
     from nanoadam import groups
@@ -379,9 +430,16 @@ def _module_tensors(model: Any, itemsize: int | None) -> tuple[_Tensor, ...]:
     layers = (m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
     linear = {id(layer.weight) for layer in layers}
     treatment: dict[int, str] = {}
-    for group in groups.param_groups(model):
-        for parameter, role in zip(group["params"], group["roles"], strict=True):
+    columns: dict[int, bool] = {}  # whether they are stored transposed
+    looked_up: set[int] = set()
+    found = groups.param_groups(model, granularity=granularity)
+    for group in found:
+        for parameter, name, role in zip(group["params"], group["param_names"], group["roles"], strict=True):
             treatment[id(parameter)] = "dense" if group["dense"] else "selected"
+            if group.get("granularity") == "column" and name not in found.whole:
+                columns[id(parameter)] = group["transposed"]
+            if role == "embedding" and name not in found.tied:
+                looked_up.add(id(parameter))
             if role != "matrix":
                 linear.discard(id(parameter))
     return tuple(
@@ -390,6 +448,9 @@ def _module_tensors(model: Any, itemsize: int | None) -> tuple[_Tensor, ...]:
             itemsize or parameter.element_size(),
             treatment.get(id(parameter), "frozen"),
             linear=id(parameter) in linear and parameter.dim() == 2,
+            columns=id(parameter) in columns,
+            transposed=columns.get(id(parameter), False),
+            looked_up=id(parameter) in looked_up,
         )
         for parameter in model.parameters()
     )

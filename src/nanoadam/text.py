@@ -23,7 +23,7 @@ def align(lines: Sequence[Sequence[str]], left: int) -> str:
 
 def unit(largest: int) -> tuple[str, int]:
     """The unit for a table whose largest entry is that many bytes, and its size in bytes."""
-    units = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))
+    units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
     return next(((name, size) for name, size in units if largest >= size), ("B", 1))
 
 
@@ -54,4 +54,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 12 else hint.rstrip(".")
+    return f"{hint} Known: {', '.join(map(str, names))}" if len(names) <= 16 else hint.rstrip(".")

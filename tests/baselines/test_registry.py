@@ -1,5 +1,6 @@
 """Every optimizer of the registry through the same claims; those whose library is missing are skipped."""
 
+import copy
 import importlib.util
 import io
 import sys
@@ -26,6 +27,9 @@ CASES = {
     "apollo": ("apollo", {"rank": 8, "update_interval": 4}, 1e-2),
     "microadam": ("microadam", {}, 1e-2),
     "lora": ("lora", {}, 1e-2),
+    "rslora": ("rslora", {}, 1e-2),
+    "shira": ("shira", {}, 1e-2),
+    "oft": ("oft", {}, 1e-2),
     "lora by nanoadam": ("lora", {"trainer": "nanoadam", "density": 0.25}, 1e-2),
 }
 
@@ -57,11 +61,14 @@ class Tiny(nn.Module):
         return self.head(torch.relu(self.second(torch.relu(self.norm(self.first(x))))))
 
 
+def adapted(name, model):
+    small = {"block_size": 16} if name == "oft" else {"rank": 4}
+    return baselines.ADAPTERS[name](model, **small) if name in baselines.ADAPTERS else model
+
+
 def made(case, dtype=torch.float32, **more):
     name, options, lr = case
-    model = Tiny().to(DEVICE, dtype)
-    if name == "lora":
-        model = baselines.apply_lora(model, rank=4)
+    model = adapted(name, Tiny().to(DEVICE, dtype))
     return model, baselines.make(name, model, more.pop("lr", lr), **options, **more)
 
 
@@ -202,9 +209,7 @@ def test_it_takes_groups_like_the_model_and_is_made_by_a_trainer(case):
     )
     results = []
     for way in ways:
-        model = Tiny().to(DEVICE)
-        if name == "lora":
-            model = baselines.apply_lora(model, rank=4)
+        model = adapted(name, Tiny().to(DEVICE))
         torch.manual_seed(0)
         train(model, way(model), 2)
         results.append(weights(model))
@@ -299,14 +304,73 @@ def test_lora_freezes_the_output_embedding_of_a_language_model():
         baselines.apply_lora(model)
 
 
+@pytest.mark.parametrize("name", baselines.ADAPTERS)
+def test_adapters_begin_as_the_model_and_are_merged_into_it(name):
+    pytest.importorskip("peft")
+    from nanoadam.baselines.adapters import merged, pretrained
+
+    plain = Tiny().to(DEVICE)
+    model = adapted(name, copy.deepcopy(plain))
+    x, _ = data(torch.float32)
+    torch.testing.assert_close(model(x), plain(x))
+    assert pretrained(model).keys() == dict(plain.named_parameters()).keys()
+    assert all(p.requires_grad == (n.startswith("head") or n not in dict(plain.named_parameters()))
+               for n, p in _plain_names(model))  # fmt: skip
+    train(model, baselines.make(name, model, 1e-2), 3)
+    after = model(x)
+    whole = merged(model)
+    torch.testing.assert_close(whole(x), after, rtol=1e-4, atol=1e-4)
+    assert dict(whole.named_parameters()).keys() == dict(plain.named_parameters()).keys()
+    moved = {n for n, p in whole.named_parameters() if not torch.equal(p, plain.get_parameter(n))}
+    assert moved == {"first.weight", "second.weight", "head.weight", "head.bias"}
+
+
+def _plain_names(model):
+    for name, parameter in model.named_parameters():
+        plain = name.removeprefix("base_model.model.").replace("base_layer.", "")
+        if "original_module" not in plain:
+            yield plain.replace("modules_to_save.default.", ""), parameter
+
+
+def test_shira_has_as_many_weights_as_lora_and_chooses_them_by_its_seed():
+    pytest.importorskip("peft")
+    models = [baselines.apply_shira(Tiny(), rank=4, seed=seed) for seed in (0, 0, 1)]
+    counts = [sum(p.numel() for n, p in m.named_parameters() if "shira_" in n) for m in models]
+    assert counts == [2 * 4 * 128] * 3
+    chosen = [next(m for n, m in model.named_modules() if n.endswith("first")).shira_indices["default"]
+              for model in models]  # fmt: skip
+    assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    pytest.importorskip("peft")
+    for rank in (4, 16):
+        layer = next(m for n, m in baselines.apply_rslora(Tiny(), rank=rank).named_modules() if n.endswith("first"))
+        assert layer.scaling["default"] == pytest.approx(16 / rank**0.5)
+
+
 # What can go wrong
+
+
+@pytest.mark.parametrize("name", ["shira", "oft"])
+def test_layers_that_an_adapter_does_not_know_are_named(name):
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match=rf"{name} works on nn.Linear layers, and h.0.attn.c_attn .* Conv1D"):
+        baselines.ADAPTERS[name](model)
+    with pytest.raises(ValueError, match="shira cannot be put into this model, try a smaller rank: .* rank 64"):
+        baselines.apply_shira(Tiny(), rank=64)
+    for method, option in (("lora", "rank"), ("rslora", "rank"), ("shira", "rank"), ("oft", "block_size")):
+        with pytest.raises(ValueError, match=f"{method} needs a {option} of at least 1, got 0"):
+            baselines.ADAPTERS[method](Tiny(), **{option: 0})
 
 
 @pytest.mark.parametrize("name", [name for name, entry in BASELINES.items() if entry.package and entry.cpu])
 def test_a_missing_library_is_named_with_the_command_that_installs_it(name, monkeypatch):
     monkeypatch.setitem(sys.modules, BASELINES[name].package, None)
     with pytest.raises(ImportError, match=r"pip install 'nanoadam\[baselines\]'"):
-        baselines.apply_lora(Tiny()) if name == "lora" else baselines.make(name, Tiny(), 1e-3)
+        baselines.ADAPTERS.get(name, lambda model: baselines.make(name, model, 1e-3))(Tiny())
 
 
 def test_what_is_asked_wrongly_gets_a_sentence():

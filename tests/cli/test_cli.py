@@ -169,7 +169,7 @@ def test_ctrl_c_ends_in_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys
     assert captured.err == "nanoadam: interrupted\n"
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn", "numpy", "tomli_w"])
+@pytest.mark.parametrize("module", ["sklearn", "numpy", "tomli_w"])
 def test_a_missing_extra_is_named_before_any_work(module: str, tmp_path: Path) -> None:
     arguments = ["demo", "--out", str(tmp_path / "run")]
     done = python(

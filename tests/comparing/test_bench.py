@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
 
 import nanoadam
 import tiny

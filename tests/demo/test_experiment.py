@@ -8,8 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 
+from browser import browsed
 from nanoadam.demo import experiment as demo
 from nanoadam.demo import figures
 from nanoadam.demo.folder import write_folder
@@ -132,8 +132,7 @@ def test_progress_counts_up_to_the_end() -> None:
 
 
 def test_the_run_folder_is_complete(folder: Path) -> None:
-    figures = [f"{name}.{suffix}" for name in ("course", "front", "memory") for suffix in ("png", "svg")]
-    expected = {"config.toml", "manifest.json", "metrics.jsonl", "report.html", *figures}
+    expected = {"config.toml", "manifest.json", "metrics.jsonl", "report.html"}
     assert {p.name for p in folder.iterdir()} == expected
 
 
@@ -158,11 +157,19 @@ def test_metrics_hold_every_run_and_epoch(folder: Path, result: demo.Demo) -> No
 
 def test_the_report_needs_no_other_file(folder: Path) -> None:
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
+    for question in ("What does the new task cost the old one?", "What does the optimizer take?"):
+        assert question in page
     assert "src=" not in page
     assert "<link" not in page
     for _, label, _ in demo.METRICS:
         assert label in page
+
+
+def test_the_report_fits_a_phone_without_an_error(folder: Path, tmp_path: Path) -> None:
+    found = browsed((folder / "report.html").read_text(), tmp_path)
+    assert int(str(found["wide"])) <= found["inner"] == 390
+    assert "learning rate" in str(found["tip"])  # each point says which it is
 
 
 def test_a_used_folder_is_refused_and_left_alone(folder: Path, result: demo.Demo) -> None:

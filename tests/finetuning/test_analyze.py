@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
 
 import tiny
 from nanoadam import cli

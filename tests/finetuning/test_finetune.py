@@ -15,7 +15,6 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file

@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import tiny

@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("filelock")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import tiny

@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import numpy as np

@@ -1,5 +1,6 @@
 """Every optimizer of the registry trains through `finetune` and `compare`, takes its own options, says its limits."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -10,16 +11,15 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
 import tiny
 from nanoadam import cli
-from nanoadam.baselines import BASELINES
+from nanoadam.baselines import ADAPTERS, BASELINES
 from nanoadam.comparing import compare
-from nanoadam.finetuning import optimizers
+from nanoadam.finetuning import config, optimizers
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
 
@@ -29,6 +29,9 @@ OPTIONS = {
     "galore": ("galore.rank=4",),
     "apollo": ("apollo.rank=4", "apollo.scale_type=tensor"),
     "lora": ("lora.rank=2",),
+    "rslora": ("rslora.rank=2",),
+    "shira": ("shira.rank=2",),
+    "oft": ("oft.block_size=16",),
 }
 
 
@@ -68,7 +71,7 @@ def test_every_method_finetunes_a_whole_model(name: str, job: dict[str, object],
     assert {f"bert.{key}" for key in before} <= after.keys()  # whole, whatever was trained beside it
     moved = [key for key, value in before.items() if not torch.equal(value, after[f"bert.{key}"])]
     assert "encoder.layer.0.intermediate.dense.weight" in moved
-    assert ("embeddings.word_embeddings.weight" in moved) == (name != "lora")
+    assert ("embeddings.word_embeddings.weight" in moved) == (name not in ADAPTERS)
 
 
 def test_adapters_can_be_trained_by_nanoadam(job: dict[str, object], tmp_path: Path) -> None:
@@ -81,10 +84,22 @@ def test_adapters_can_be_trained_by_nanoadam(job: dict[str, object], tmp_path: P
     assert results["touched"] > 0
 
 
-@pytest.mark.parametrize(("name", "options"), [("microadam", "microadam.window=2"), ("lora", "lora.rank=2")])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("microadam", "microadam.window=2"),
+        ("lora", "lora.rank=2"),
+        ("shira", "shira.rank=2"),
+        ("oft", "oft.block_size=16"),
+        ("nanoadam", ""),
+    ],
+)
 def test_it_goes_on_bit_for_bit_with_resume(name: str, options: str, job: dict[str, object], tmp_path: Path) -> None:
     needs(name)
-    given = Config(**{**job, "max_steps": 5}, optimizer=name, optimizer_options=(options,), save_every=2)
+    own = (
+        {"optimizer_options": (options,)} if options else {"granularity": "column", "density": 0.3, "mask_interval": 2}
+    )
+    given = Config(**{**job, "max_steps": 5, "optimizer": name, "save_every": 2, **own})
     finetune.run(given, tmp_path / "whole")
 
     def stop(line: dict[str, object]) -> None:
@@ -127,6 +142,58 @@ def test_a_variant_can_give_the_head_a_rate(job: dict[str, object], tmp_path: Pa
     assert moved["apart"] > 2 * moved["same"]
     settings = json.loads((tmp_path / "out" / "runs" / "apart-0.001-0" / "manifest.json").read_text())["settings"]
     assert settings["head_learning_rate"] == 1e-1
+
+
+def test_the_names_that_need_no_torch_are_all_there_are() -> None:
+    assert tuple(ADAPTERS) == config.ADAPTERS
+    assert set(BASELINES) == set(config.OPTIMIZERS)
+
+
+def test_whole_columns_are_selected_if_asked_for(
+    job: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[dict[str, object]] = []
+    given = Config(**{**job, "density": 0.25}, granularity="column", mask_interval=1000)
+    finetune.run(given, tmp_path / "run", lines.append)
+    told: list[dict[str, object]] = []
+    finetune.run(dataclasses.replace(given, criterion="smallest"), tmp_path / "told", told.append)
+    assert any("the smallest whole columns in" in text for line in told for text in line.get("about", ()))
+    before, after = weights(Path(str(job["model"]))), weights(tmp_path / "run" / "model")
+    name = "encoder.layer.0.intermediate.dense.weight"
+    columns = (before[name] != after[f"bert.{name}"]).any(0)
+    assert columns.sum() == 8  # a quarter of 32
+    norms = before[name].norm(dim=0)
+    assert norms[columns].min() >= norms[~columns].max()  # the largest, unless told otherwise
+    about = next(line["about"] for line in lines if "about" in line)
+    assert any(
+        "25 %: the largest whole columns in " in text and "the smallest single weights in" in text for text in about
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["settings"]["granularity"] == "column"
+    by_weight = finetune.run(Config(**{**job, "density": 0.25}), tmp_path / "other")
+    assert manifest["results"]["memory"]["state"] != by_weight["memory"]["state"]
+    expected = json.loads((tmp_path / "run" / "manifest.json").read_text())["expected"]["own"]
+    assert abs(expected["state"] - manifest["results"]["memory"]["state"]) < 0.02 * expected["state"]
+
+
+def test_granularity_is_an_option_of_every_command_that_has_nanoadam(
+    job: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {"one": {"optimizer": "nanoadam"}, "whole": {"optimizer": "nanoadam", "granularity": "column"}}
+    comparison = compare.Comparison(
+        Config(**{**job, "save_model": False}), compare.variants(learning_rates=[1e-3], sections=variants), seeds=(0,)
+    )
+    one, whole = compare.run(comparison, tmp_path / "out")["table"]
+    assert one["memory_state"]["mean"] != whole["memory_state"]["mean"]
+    bench = ["bench", "--shapes", "tiny", "--optimizers", "nanoadam", "--repeats", "1", "--device", "cpu"]
+    for arguments in (["memory", "--model", str(job["model"])], bench):
+        said = []
+        for granularity in ("weight", "column"):
+            assert cli.main([*arguments, "--granularity", granularity, "--json"]) == 0
+            said.append(json.loads(capsys.readouterr().out))
+        assert said[0] != said[1]
+        assert cli.main([*arguments, "--granularity", "row"]) == 2
+        assert "row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("optimizer", ["lora", "nanoadam"])

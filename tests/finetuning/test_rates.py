@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import tiny

@@ -99,6 +99,34 @@ def test_prompts_for_a_classifier_are_refused(tmp_path: Path) -> None:
         columns.task_of(split.rows, config(tmp_path / "rows.jsonl"), "BertForSequenceClassification")
 
 
+def test_pairs_of_answers_are_not_learned_by_halves(tmp_path: Path) -> None:
+    rows = [{"prompt": LONG, "chosen": LONG, "rejected": LONG}] * 4
+    path = tiny.jsonl(tmp_path / "rows.jsonl", rows)
+    for given in (rows, [{"chosen": LONG, "rejected": LONG}] * 4):
+        split = data.read(str(tiny.jsonl(tmp_path / "rows.jsonl", given)))
+        with pytest.raises(ValueError, match="learned by DPO .*--completion-column chosen"):
+            columns.task_of(split.rows, config(path), "LlamaForCausalLM")
+    split = data.read(str(tiny.jsonl(tmp_path / "rows.jsonl", rows)))
+    kind, roles = columns.of_completions(
+        "rows", split.rows, config(path, completion_column="chosen", prompt_column="prompt")
+    )
+    assert (kind, roles.read, roles.ignored) == ("completion", ("prompt", "chosen"), ("rejected",))
+
+
+def test_text_alone_is_for_language_models(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{LONG}\n\n{LONG}\n")
+    split = data.read(str(tmp_path / "a.txt"))
+    with pytest.raises(ValueError, match="text without labels: .*--task causal-lm"):
+        columns.of_text("a.txt", split.rows, config(tmp_path / "a.txt"), "text-classification")
+
+
+def test_a_name_is_near_without_its_suffix(tmp_path: Path) -> None:
+    for name in ("rag.csv", "train.csv"):
+        (tmp_path / name).touch()
+    assert "did you mean 'train.csv'" in str(files.missing(tmp_path / "trian.csv"))
+    assert str(files.missing(tmp_path / "dev.csv")) == f"there is no file {tmp_path / 'dev.csv'}"
+
+
 # Labels ----------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +140,7 @@ def test_codes_stay_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", [["a", "b"], {"name": "a"}])
 def test_lists_and_objects_are_no_classes(label: object, tmp_path: Path) -> None:
     split = data.read(str(tiny.jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": label}] * 4)))
-    with pytest.raises(ValueError, match=r"row 1 of rows.jsonl has .* which is no class: use --task"):
+    with pytest.raises(ValueError, match=r"row 1 of rows.jsonl has .* which is no class: use .*--label-column"):
         labels.label_names(split, "label")
 
 
@@ -222,6 +250,18 @@ def test_names_for_a_table_that_has_a_header_are_no_row(tmp_path: Path) -> None:
         rows_of(tmp_path / "b.csv")
     with pytest.raises(ValueError, match=r"seems to name its columns \(text, label\), but --columns names others"):
         rows_of(tmp_path / "a.csv", Reading(("sentence", "class")))
+
+
+def test_what_is_said_of_one_file_holds_for_others_where_they_do_not_say_it_themselves(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes("3;été;1\n4;film;0\n".encode("cp1252"))
+    written = {"bare.csv": "5;été;1\n".encode("cp1252"), "own.csv": "label,text\n1,été\n".encode()}
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+        job = config(tmp_path / "train.csv", columns=("id", "text", "label"), delimiter=";", encoding="cp1252",
+                     validation=str(tmp_path / name))  # fmt: skip
+        train, validation = data.load(job)
+        assert train.rows["text"][0] == validation.rows["text"][0] == "été", name
+        assert validation.rows["label"][0] == "1"
 
 
 def test_an_excel_sheet_is_a_table(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import tiny
@@ -117,6 +116,20 @@ def test_a_run_tells_before_after_and_the_difference(root: Path, tmp_path: Path)
         assert found["forgetting"] == found["before"] - found["after"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(label in page for label in labels)
+
+
+def test_rows_are_retained_as_the_text_that_they_hold(root: Path, tmp_path: Path) -> None:
+    tiny.causal_folder(tmp_path / "llama")
+    texts = ["the film is good", "a very dull book", "not bad"]
+    (tmp_path / "plain.txt").write_text("\n\n".join(texts))
+    tiny.jsonl(tmp_path / "rows.jsonl", [{"text": text, "id": i} for i, text in enumerate(texts)])
+    tiny.jsonl(tmp_path / "halves.jsonl", [{"prompt": text[:3], "completion": text[3:]} for text in texts])
+    names = ("plain.txt", "rows.jsonl", "halves.jsonl")
+    own = config(root, model=str(tmp_path / "llama"), task="causal-lm",
+                 retain=tuple(str(tmp_path / name) for name in names))  # fmt: skip
+    found = measured(own, models.load_model(own))
+    assert found["rows"] == found["plain"]
+    assert found["halves"] != found["plain"]
 
 
 def test_more_loss_is_forgetting_too() -> None:

@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import tiny
@@ -156,6 +155,12 @@ def test_packed_rows_have_the_loss_of_rows_alone(root: Path, tmp_path: Path) -> 
     results = finetune.run(config(root / "llama", path, packing=True), tmp_path / "run")
     assert results["final"]["token_loss"] > 0
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["use_cache"] is True
+
+
+def test_an_encoder_is_no_language_model(root: Path, tmp_path: Path) -> None:
+    path = tiny.jsonl(tmp_path / "a.jsonl", [{"prompt": "the film", "completion": "is good"}] * 8)
+    with pytest.raises(ValueError, match="no language model: .* depends on the tokens after it"):
+        prepare(config(root / "bert", path))
 
 
 def test_a_conversation_in_sharegpts_words(root: Path, tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 import numpy as np
 
+from browser import browsed
 from nanoadam import cli
 from nanoadam.comparing import compare
 from nanoadam.finetuning import folders, norms
@@ -155,7 +155,13 @@ def test_smoke_runs_from_end_to_end(name: str, tmp_path: Path, capsys: pytest.Ca
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["results"]["rows"] == printed["rows"]
     assert manifest["recipe"] == json.loads(json.dumps(recipe.load(name, "smoke").keys))
-    assert "only that it runs from end to end" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert 0 < page.index("Every figure here is of a tiny model with random weights") < page.index("<table")
+    assert page.index("It runs from end to end") < page.index("<table")
+    if name in ("gradient-weight", "forgetting", "toy"):
+        whole = (out / "toy" / "report.html").read_text() if name == "toy" else page
+        found = browsed(whole, tmp_path)
+        assert int(str(found["wide"])) <= found["inner"] == 390
 
 
 def test_the_table_has_the_papers_figure_beside_ours() -> None:

@@ -18,7 +18,6 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("filelock")
-pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from nanoadam import cli

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from nanoadam.baselines import builders
+from nanoadam.baselines.adapters import ADAPTERS, apply_lora, apply_oft, apply_rslora, apply_shira
 from nanoadam.baselines.builders import Build, Common
-from nanoadam.baselines.lora import apply_lora
 from nanoadam.baselines.microadam import MicroAdam
 from nanoadam.groups import param_groups
 from nanoadam.optimizer import NanoAdam
 
-__all__ = ["BASELINES", "Baseline", "MicroAdam", "apply_lora", "baseline", "for_trainer", "make"]
+__all__ = [
+    "ADAPTERS", "BASELINES", "Baseline", "MicroAdam", "apply_lora", "apply_oft", "apply_rslora", "apply_shira",
+    "baseline", "for_trainer", "make",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,22 @@ _ALL = (
         "Modoranu et al. 2024, arXiv 2405.15593; this library",
         builders.microadam,
     ),
-    Baseline(
-        "lora",
-        "LoRA",
-        "Hu et al. 2022; peft",
-        builders.lora,
-        package="peft",
-        dense="a newly made head; with AdamW all that it trains",
-        remark="trains adapters beside frozen weights, which `apply_lora(model)` puts there",
+    *(
+        Baseline(
+            name,
+            title,
+            f"{source}; peft",
+            builders.adapters(name),
+            package="peft",
+            dense="a newly made head; with AdamW all that it trains",
+            remark=f"trains adapters beside frozen weights, which `apply_{name}(model)` puts there",
+        )
+        for name, title, source in (
+            ("lora", "LoRA", "Hu et al. 2022"),
+            ("rslora", "rsLoRA", "Kalajdzievski 2023, arXiv 2312.03732"),
+            ("shira", "SHiRA", "Bhardwaj et al. 2024, arXiv 2406.13175"),
+            ("oft", "OFT", "Qiu et al. 2023, arXiv 2306.07280"),
+        )
     ),
     Baseline(
         "flashadamw",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from nanoadam.baselines.lora import has_adapters
+from nanoadam.baselines.adapters import has_adapters
 from nanoadam.baselines.microadam import MicroAdam
 from nanoadam.optimizer import NanoAdam
 
@@ -182,17 +182,24 @@ def microadam(
     )
 
 
-def lora(common: Common, *, trainer: str = "adamw", **options: Any) -> Optimizer:
-    """What trains the adapters: "adamw" or "nanoadam"; options are that one's."""
-    if common.model is not None and not has_adapters(common.model):
-        raise ValueError("lora trains adapters, and this model has none: pass it through apply_lora(model) first")
-    if trainer == "adamw":
-        if options:
-            raise ValueError(f"lora with AdamW has no option {next(iter(options))!r}")
-        return adamw(common)
-    if trainer == "nanoadam":
-        return nanoadam(common, **options)
-    raise ValueError(f"trainer must be 'adamw' or 'nanoadam', got {trainer!r}")
+def adapters(name: str) -> Build:
+    """What trains the adapters of a method."""
+
+    def build(common: Common, *, trainer: str = "adamw", **options: Any) -> Optimizer:
+        """By "adamw" or "nanoadam"; options are that one's."""
+        if common.model is not None and not has_adapters(common.model):
+            raise ValueError(
+                f"{name} trains adapters, and this model has none: pass it through apply_{name}(model) first"
+            )
+        if trainer == "adamw":
+            if options:
+                raise ValueError(f"{name} with AdamW has no option {next(iter(options))!r}")
+            return adamw(common)
+        if trainer == "nanoadam":
+            return nanoadam(common, **options)
+        raise ValueError(f"trainer must be 'adamw' or 'nanoadam', got {trainer!r}")
+
+    return build
 
 
 def flashadamw(common: Common, *, master_weight_bits: int | None = 24, release: bool = False) -> Optimizer:

@@ -52,7 +52,7 @@ def analyze(
         raise ValueError("give one of three: a run folder, --before with --after, or --model with --train")
     if ways[1] and (before is None or after is None):
         raise ValueError(f"--{'after' if after is None else 'before'} is missing: a pair needs both")
-    need(EXTRAS if ways[2] else ("matplotlib", "numpy"))
+    need(EXTRAS if ways[2] else ("numpy",))
     from nanoadam.finetuning import analyze as lab
     from nanoadam.finetuning import folders
 

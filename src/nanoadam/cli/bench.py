@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from nanoadam.cli.options import Json, listed, need
 from nanoadam.cli.show import counting, stdout
 from nanoadam.comparing.shapes import MODELS
-from nanoadam.finetuning.config import OPTIMIZERS
+from nanoadam.finetuning.config import GRANULARITIES, OPTIMIZERS
 
 EXAMPLE = "Example: nanoadam bench --shapes bert-base --optimizers adamw,microadam,nanoadam"
 
@@ -28,6 +28,9 @@ def bench(
         str | None, typer.Option(help="Like galore.rank=64, separated by commas.", show_default=False)
     ] = None,
     density: Annotated[float, typer.Option(help="Share of the weights that NanoAdam selects.")] = 0.01,
+    granularity: Annotated[
+        str, typer.Option(help=f"What NanoAdam selects: {' or '.join(GRANULARITIES)} (whole input columns).")
+    ] = "weight",
     mask_interval: Annotated[int, typer.Option(help="Steps between NanoAdam's selections.")] = 100,
     dtype: Annotated[str, typer.Option(help="Of weights and gradients: bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
@@ -35,13 +38,13 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Every optimizer alone on random tensors of a model's shapes: state, time of a step, peak, and ratio to AdamW."""
-    need(("matplotlib", "numpy"))
+    need(("numpy",))
     from nanoadam.comparing import bench as lab
 
     settings = lab.Settings(
         shapes, model, listed("optimizers", optimizers, str),
         () if optimizer_options is None else listed("optimizer_options", optimizer_options, str),
-        density, mask_interval, dtype, device, repeats,
+        density, mask_interval, dtype, device, repeats, granularity,
     )  # fmt: skip
     with counting("starting", silent=as_json) as tell:
         results = lab.run(settings, tell)

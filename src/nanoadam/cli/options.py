@@ -13,7 +13,7 @@ import typer
 
 from nanoadam.finetuning.config import AUTO, FIELDS, Config
 
-DEMO_EXTRA = dict.fromkeys(("sklearn", "matplotlib", "numpy", "tomli_w"), "demo")
+DEMO_EXTRA = dict.fromkeys(("sklearn", "numpy", "tomli_w"), "demo")
 """Which modules the demo wants, and the extra that brings them."""
 
 EXTRAS = DEMO_EXTRA | dict.fromkeys(("transformers", "datasets", "accelerate", "scipy", "PIL", "filelock"), "finetune")

@@ -41,6 +41,7 @@ class Settings:
         optimizers: by name.
         optimizer_options: like "galore.rank=64".
         density: of NanoAdam.
+        granularity: of NanoAdam: "weight" or "column".
         mask_interval: steps between NanoAdam's selections, over which the time of one is spread.
         dtype: of weights and gradients.
         device: "auto" or "cpu".
@@ -59,6 +60,7 @@ class Settings:
     dtype: str = "bfloat16"
     device: str = "auto"
     repeats: int = 5
+    granularity: str = "weight"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -81,6 +83,7 @@ class Settings:
             optimizer=name,
             optimizer_options=("sgd.momentum=0", *self.optimizer_options),
             density=self.density,
+            granularity=self.granularity,
             mask_interval=self.mask_interval,
             dtype=self.dtype,
             device=self.device,

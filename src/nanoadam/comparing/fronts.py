@@ -104,32 +104,23 @@ def _point(run: Mapping[str, Any], axes: tuple[str, str]) -> Point:
     return x, y
 
 
-def figure(rows: Sequence[Mapping[str, Any]], labels: tuple[str, str], title: str) -> Any:
-    """All fronts in one figure: their points, and the staircase of what each method reached.
+def chart(rows: Sequence[Mapping[str, Any]], labels: tuple[str, str], title: str) -> str:
+    """All fronts in one chart: their points, and the staircase of what each method reached.
 
     Args:
         rows: as from `table`.
         labels: of the two axes.
-        title: above the figure.
+        title: above the chart.
 
     Returns:
-        A matplotlib Figure.
+        A figure in HTML.
     """
-    from matplotlib.figure import Figure
+    from nanoadam.reports.charts import Chart, Series, draw
 
-    drawn = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = drawn.subplots()
-    for index, row in enumerate(rows):
-        color = f"C{index % 10}"
-        style = "-" if index < 10 else "--"
-        finite = [p for p in row["points"] if math.isfinite(p["x"]) and math.isfinite(p["y"])]
-        axes.plot([p["x"] for p in finite], [p["y"] for p in finite], "o", ms=3, color=color, alpha=0.5)
+    series = []
+    for color, row in enumerate(rows):
+        series.append(Series("", [(p["x"], p["y"]) for p in row["points"]], "dots", color=color))
         front = sorted((p["x"], p["y"]) for p in row["front"])
-        if front:
-            label = f"{row['method']} ({row['area']:.3f})"
-            axes.step(*zip(*front, strict=True), style, where="pre", lw=1.3, color=color, label=label)
-            axes.plot(*zip(*front, strict=True), "o", ms=5, color=color)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, title="area under the front", title_fontsize=7)
-    return drawn
+        series.append(Series(f"{row['method']} ({row['area']:.3f})", front, "reach", color=color))
+    words = "Every point of the grids, and what each method has reached; in brackets the area under the front."
+    return draw(Chart(title, series, x=labels[0], y=labels[1], words=words))

@@ -92,6 +92,17 @@ def verdict(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], metric:
     return lines
 
 
+def _standing(rows: Sequence[dict[str, Any]], better: bool) -> dict[str, str]:
+    """Of each variant that has a result: whether it is the best, or as good within the spread of the seeds."""
+    good = [row for row in rows if row["learning_rate"] is not None]
+    if not good:
+        return {}
+    best = max(good, key=lambda row: (1 if better else -1) * row["metric"]["mean"])
+    alone = best["metric"]["std"] is None
+    return {row["variant"]: "best" if row is best else "as good" if not alone and _level(best, row) else "behind"
+            for row in good}  # fmt: skip
+
+
 def _level(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two means are within two standard errors of their difference."""
     error = math.sqrt(sum((row["metric"]["std"] or 0.0) ** 2 / row["runs"] for row in (a, b)))
@@ -106,6 +117,9 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table as text, the head first: one column per variant."""
     rows = results["table"]
     text: list[tuple[str, ...]] = [("", *(row["variant"] for row in rows))]
+    standing = _standing(rows, results["higher_is_better"])
+    if len(standing) > 1:
+        text.append(("", *(standing.get(row["variant"], "") for row in rows)))
     text.append(("learning rate (chosen)", *("none" if r["learning_rate"] is None else f"{r['learning_rate']:g}"
                                              for r in rows)))  # fmt: skip
     for key, label, unit in (("metric", results["metric"], ""), *ROWS):

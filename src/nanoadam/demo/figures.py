@@ -1,19 +1,17 @@
-"""Figures and the self-contained report of a demo run."""
+"""The charts and the page of a demo run."""
 
 from __future__ import annotations
 
-import io
 import statistics
 from typing import Any
 
-from matplotlib.figure import Figure
-
 import nanoadam
 from nanoadam.demo.experiment import METRICS, Demo, Digits
-from nanoadam.reports.page import inline, render
+from nanoadam.reports.charts import Chart, Series, bars, draw
+from nanoadam.reports.page import render
 from nanoadam.text import size
 
-__all__ = ["cell", "figures", "report"]
+__all__ = ["cell", "charts", "report"]
 
 
 def cell(spread: dict[str, float | None], unit: str) -> str:
@@ -25,35 +23,23 @@ def cell(spread: dict[str, float | None], unit: str) -> str:
     return scaled if std is None else f"{scaled[:-2]} ± {100 * std:.1f} %"
 
 
-def figures(demo: Demo) -> dict[str, dict[str, bytes]]:
-    """Name to `{"png": ..., "svg": ...}`."""
-    drawn = {"front": _front(demo), "course": _course(demo), "memory": _memory(demo)}
-    result: dict[str, dict[str, bytes]] = {}
-    for name, figure in drawn.items():
-        result[name] = {}
-        for suffix in ("png", "svg"):
-            buffer = io.BytesIO()
-            # Without the date the same numbers give the same file.
-            figure.savefig(buffer, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else None)
-            result[name][suffix] = buffer.getvalue()
-    return result
+def charts(demo: Demo) -> list[str]:
+    """What each rate cost, the course of the runs, and the memory; as HTML."""
+    return [_front(demo), *_course(demo), _memory(demo)]
 
 
-def _front(demo: Demo) -> Figure:
+def _front(demo: Demo) -> str:
     """What is lost of the old task against what is not learned of the new one, over learning rates."""
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (method, chosen) in enumerate(demo.chosen.items()):
-        errors = [_errors(demo, method, lr) for lr in demo.settings.learning_rates]
-        axes.plot(*zip(*errors, strict=True), "o-", color=f"C{index}", ms=4, lw=1, label=method)
-        for error, lr in zip(errors, demo.settings.learning_rates, strict=True):
-            axes.annotate(f"{lr:g}", error, textcoords="offset points", xytext=(4, 4), fontsize=6, color=f"C{index}")
-            if lr == chosen:
-                axes.plot(*error, "o", ms=11, mfc="none", mec=f"C{index}")
-    axes.set(xscale="log", yscale="log", xlabel="task 2, test error (%)", ylabel="task 1 after, test error (%)")
-    axes.set_title("Every learning rate of the grid, lower left is better; rings: chosen on validation", fontsize=9)
-    axes.legend(fontsize=8)
-    return figure
+    rates, series = demo.settings.learning_rates, []
+    for color, (method, chosen) in enumerate(demo.chosen.items()):
+        points = [_errors(demo, method, rate) for rate in rates]
+        labels = [f"learning rate {rate:g}{', chosen' * (rate == chosen)}" for rate in rates]
+        series.append(Series(method, points, labels=labels, color=color))
+    return draw(Chart(
+        "What does the new task cost the old one?", series, x="error on the new digits (%)", log=True,
+        y="error on the old ones (%)", log_y=True,
+        words="Every learning rate of the grid, mean over seeds; lower left is better. Errors are at least 0.1 % here.",
+    ))  # fmt: skip
 
 
 def _errors(demo: Demo, method: str, lr: float) -> tuple[float, float]:
@@ -63,38 +49,31 @@ def _errors(demo: Demo, method: str, lr: float) -> tuple[float, float]:
     return max(0.1, 100 * (1 - task2)), max(0.1, 100 * (1 - task1))
 
 
-def _course(demo: Demo) -> Figure:
+def _course(demo: Demo) -> list[str]:
     """Both accuracies per epoch at the chosen learning rates, mean over seeds."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for axes, index, title in zip(
-        figure.subplots(1, 2), (0, 1), ("task 1 (old head)", "task 2 (validation)"), strict=True
-    ):
+    found = []
+    for index, title in ((0, "How much is left of the old digits?"), (1, "How fast are the new ones learned?")):
+        series = []
         for method in demo.chosen:
             by_epoch = zip(*(o.curve for o in demo.rows(method)), strict=True)
-            means = [100 * statistics.mean(point[index] for point in points) for points in by_epoch]
-            axes.plot(range(1, len(means) + 1), means, lw=1.2, label=method)
-        axes.set_title(title, fontsize=9)
-        axes.set(xlabel="epoch on task 2", ylabel="accuracy (%)")
-    figure.axes[0].legend(fontsize=8)
-    return figure
+            means = [statistics.mean(point[index] for point in points) for points in by_epoch]
+            series.append(Series(method, list(enumerate(means, start=1))))
+        words = "Accuracy with the old head." if index == 0 else "Accuracy on the validation split."
+        found.append(draw(Chart(title, series, x="epoch on the new digits", unit="%", words=words)))
+    return found
 
 
-def _memory(demo: Demo) -> Figure:
+def _memory(demo: Demo) -> str:
     """Optimizer state and held gradients, to scale."""
-    figure = Figure(figsize=(6, 0.7 + 0.5 * len(demo.chosen)), layout="constrained")
-    axes = figure.subplots()
-    names = list(demo.chosen)
-    state = [demo.rows(n)[0].state_bytes / 1e6 for n in names]
-    gradients = [demo.rows(n)[0].gradient_bytes / 1e6 for n in names]
-    axes.barh(names, state, label="optimizer state")
-    axes.barh(names, gradients, left=state, label="gradients held for the step")
-    axes.set(xlabel="MB (1e6 bytes)")
-    axes.invert_yaxis()
-    axes.legend(fontsize=8)
-    return figure
+    rows = [
+        (name, {"optimizer state": float(run.state_bytes), "gradients held for the step": float(run.gradient_bytes)})
+        for name in demo.chosen
+        for run in demo.rows(name)[:1]
+    ]
+    return bars("What does the optimizer take?", rows)
 
 
-def report(demo: Demo, manifest: dict[str, Any], svgs: dict[str, bytes]) -> str:
+def report(demo: Demo, manifest: dict[str, Any]) -> str:
     """One HTML file that needs no other."""
     found, settings = demo.table(), demo.settings
     rows = [
@@ -114,11 +93,18 @@ def report(demo: Demo, manifest: dict[str, Any], svgs: dict[str, bytes]) -> str:
         "part in the choice. One point per method proves little, so the first figure shows the whole grid. AdamW keeps "
         "two float32 moments per weight; the gradients counted are those alive between backward and step."
     ]
-    drawn = [f'<figure class="drawn">{inline(svg)}</figure>' for svg in svgs.values()]
     plain = {key: value for key, value in manifest.items() if key != "results"}
+    title = "demo: what does finetuning on new digits do to old ones?"
     one = ["One seed: this page proves nothing about which is better."] if len(settings.seeds) == 1 else []
     return render(
-        "demo: what does finetuning on new digits do to old ones?", lead, rows, drawn, plain, foot, one, _verdict(found)
+        title,
+        lead,
+        rows,
+        charts(demo),
+        plain,
+        foot,
+        one,
+        _verdict(found),
     )
 
 

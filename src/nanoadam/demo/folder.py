@@ -1,4 +1,4 @@
-"""What a demo run leaves: settings, metrics, figures, report, manifest."""
+"""What a demo run leaves: settings, metrics, report, manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanoadam.finetuning import folders
 
 
 def write_folder(demo: Demo, out: Path) -> None:
-    """Write config, metrics, plots and report, and last the manifest: where it is, the folder is complete.
+    """Write config, metrics and report, and last the manifest: where it is, the folder is complete.
 
     Raises:
         FileExistsError: `out` is a file or holds files.
@@ -25,14 +25,8 @@ def write_folder(demo: Demo, out: Path) -> None:
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(demo.settings).items()}
     folders.write(out / "config.toml", tomli_w.dumps({"demo": config}))
     folders.write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in _lines(demo)))
-    drawn = figures.figures(demo)
-    for name, images in drawn.items():
-        for suffix, content in images.items():
-            folders.write(out / f"{name}.{suffix}", content)
     manifest = _manifest(demo)
-    folders.write(
-        out / "report.html", figures.report(demo, manifest, {name: images["svg"] for name, images in drawn.items()})
-    )
+    folders.write(out / "report.html", figures.report(demo, manifest))
     folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from nanoadam import analysis
 from nanoadam.analysis import gradients
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning import folders
 from nanoadam.finetuning.config import Config
+from nanoadam.reports.charts import Chart, Series, draw, heat
 from nanoadam.reports.page import render
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -253,61 +252,39 @@ def foot(results: Results) -> list[str]:
     return said
 
 
-def figures(results: Results) -> list[Figure]:
-    """Shift by layer and group and a heatmap of l2 distances, or a heatmap of r and the plane of some tensors."""
-    heat = results["heatmap"]
+def charts(results: Results) -> list[str]:
+    """Shift by layer and group and l2 distances, or r and the plane of some tensors; as HTML."""
+    heats = results["heatmap"]
     if results["kind"] == "pair":
-        drawn = [_bars(results["layers"] or [{"layer": row["name"], **row} for row in results["tensors"][:40]])]
-        return [*drawn, _heat(heat, "l2 distance from the weights before")] if heat["layers"] else drawn
-    drawn = [_plane(results)] if results["scatter"] else []
-    return [_heat(heat, "r, smaller is more hyperbolic"), *drawn] if heat["layers"] else drawn
+        rows = results["layers"] or [{"layer": row["name"], **row} for row in results["tensors"][:40]]
+        return [_shift(rows), *_heats(heats, "How far has each tensor moved? (l2 distance)")]
+    return [*_heats(heats, "Where do gradients fall? (r, smaller is more hyperbolic)"), *_planes(results)]
 
 
-def _bars(rows: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    for i, group in enumerate(GROUPS):
-        places = [x + 0.27 * (i - 1) for x in range(len(rows))]
-        axes.bar(places, [row[group] or 0.0 for row in rows], 0.25, label=group)
-    axes.set_xticks(
-        range(len(rows)), [str(row["layer"]) for row in rows], rotation=90 if len(rows) > 30 else 0, fontsize=7
-    )
-    axes.set(xlabel="layer", ylabel="mean |change|", title="Shift by group of |weight| before")
-    axes.legend(fontsize=8)
-    return figure
+def _shift(rows: list[dict[str, Any]]) -> str:
+    """The mean change of the smallest, the largest and the other weights, layer by layer."""
+    series = [Series(group, [(i, row[group]) for i, row in enumerate(rows)]) for group in GROUPS]
+    first, last = rows[0]["layer"], rows[-1]["layer"]
+    words = f"Groups by |weight| before, made in each tensor; from {first} to {last}."
+    x = "layer, in the order of the model"
+    return draw(Chart("Which weights have moved? (mean |change|)", series, x=x, zero=True, words=words))
 
 
-def _heat(heat: dict[str, Any], title: str) -> Figure:
-    values = [[float("nan") if v is None else v for v in row] for row in heat["values"]]
-    figure = Figure(
-        figsize=(min(14, 3 + 0.3 * len(heat["layers"])), 1.2 + 0.22 * len(heat["kinds"])), layout="constrained"
-    )
-    axes = figure.subplots()
-    image = axes.imshow(values, aspect="auto")
-    axes.set_xticks(range(len(heat["layers"])), heat["layers"], fontsize=6)
-    axes.set_yticks(range(len(heat["kinds"])), heat["kinds"], fontsize=6)
-    axes.set(xlabel="layer")
-    axes.set_title(title, fontsize=9)
-    figure.colorbar(image)
-    return figure
+def _heats(found: dict[str, Any], title: str) -> list[str]:
+    rows = list(zip(found["kinds"], found["values"], strict=True))
+    return [heat(title, list(map(str, found["layers"])), rows, "layer")] if found["layers"] else []
 
 
-def _plane(results: Results) -> Figure:
+def _planes(results: Results) -> list[str]:
     """|gradient| over |weight|, as in figures 1, 5 and 6."""
     ratios = {row["name"]: row["ratio"] for row in results["tensors"]}
-    count = len(results["scatter"])
-    figure = Figure(figsize=(9, 2.6 * -(-count // 3)), layout="constrained")
-    panels = figure.subplots(-(-count // 3), 3, squeeze=False).flatten()
-    for axes, (name, points) in zip(panels, results["scatter"].items(), strict=False):
-        axes.plot(points["weight"], points["gradient"], ".", ms=2, alpha=0.5, rasterized=True)
-        ratio = "" if ratios[name] is None else f": r = {ratios[name]:.3g}"
-        axes.set_title(f"{name[-38:]}{ratio}", fontsize=7)
-        axes.set_xlabel("|weight|", fontsize=7)
-        axes.set_ylabel("|gradient|", fontsize=7)
-        axes.tick_params(labelsize=6)
-    for axes in panels[count:]:
-        axes.set_axis_off()
-    return figure
+    drawn = []
+    for name, points in results["scatter"].items():
+        where = list(zip(points["weight"], points["gradient"], strict=True))
+        words = "" if ratios[name] is None else f"r = {ratios[name]:.3g}"
+        drawn.append(draw(Chart(f"|gradient| over |weight|: {name}", [Series("a weight", where, "cloud")], x="|weight|",
+                                y="|gradient|", zero=True, words=words)))  # fmt: skip
+    return drawn
 
 
 def write_folder(results: Results, out: Path, settings: dict[str, Any] | None = None) -> None:
@@ -329,7 +306,7 @@ def write_folder(results: Results, out: Path, settings: dict[str, Any] | None = 
         title, lead = "What finetuning moved", f"From {results['before']} to {results['after']}."
     else:
         title, lead = "Where gradients fall", f"{results['model']} on {results['data']}."
-    page = render(f"analyze: {title}", lead, lines(results), figures(results), manifest, foot(results))
+    page = render(f"analyze: {title}", lead, lines(results), charts(results), manifest, foot(results))
     folders.write(out / "results.json", json.dumps(results) + "\n")
     folders.write(out / "report.html", page)
     folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Image, List, Value
@@ -70,6 +70,7 @@ def task_of(rows: Dataset, config: Config, architecture: str) -> str:
         ValueError: if it cannot be told.
     """
     names = {name.lower(): name for name in rows.column_names}
+    _refuse_preferences("the data", names, config)
     if config.image_column or any(isinstance(rows.features[n], Image) for n in rows.column_names):
         return "image-classification"
     if not config.text_column and any(n in names for n in IMAGE[:2]) and not set(names) & {*TEXT, *PROMPT}:
@@ -94,6 +95,16 @@ def task_of(rows: Dataset, config: Config, architecture: str) -> str:
     if generates and "text" in names:
         return "causal-lm"
     return "text-classification"  # which says what is missing
+
+
+def _refuse_preferences(name: str, names: Mapping[str, str], config: Config) -> None:
+    """Of pairs of a better and a worse answer the better one alone would be learned."""
+    told = config.completion_column or config.text_column or config.label_column or config.messages_column
+    if told is None and {"chosen", "rejected"} <= names.keys():
+        raise ValueError(
+            f"{name} has pairs of a chosen and a rejected answer, which are learned by DPO (examples/trl_dpo.py): "
+            f"--completion-column {names['chosen']} learns the chosen ones alone"
+        )
 
 
 def _by_label(rows: Dataset, label: str, names: set[str]) -> str:
@@ -133,6 +144,9 @@ def find(name: str, rows: Dataset, option: str, wanted: str | None, guesses: Seq
     if found is None:
         flag = "--" + option.replace("_", "-")
         usual = ", ".join(guesses[:3])
+        if names == ["text"] and option == "label_column":
+            raise ValueError(f"{name} is text without labels: language models learn from such (--task causal-lm); "
+                             f"{task} needs a column of labels")  # fmt: skip
         other = f", or another task with --task (this is {task})" if task else ""
         raise ValueError(
             f"{name} has no column called {usual} or the like: name it with {flag}{other} (there are: "
@@ -217,6 +231,7 @@ def of_completions(name: str, rows: Dataset, config: Config) -> tuple[str, Roles
     """
     names = {column.lower(): column for column in rows.column_names}
     told = config.prompt_column is not None or config.completion_column is not None
+    _refuse_preferences(name, names, config)
     if config.messages_column is not None or (not told and config.text_column is None and names.keys() & set(MESSAGES)):
         return "chat", _roles(rows, (find(name, rows, "messages_column", config.messages_column, MESSAGES),), None)
     completes = names.keys() & set(COMPLETION)

@@ -22,9 +22,13 @@ TASKS = (
     "image-classification",
 )  # fmt: skip
 OPTIMIZERS = (
-    "nanoadam", "adamw", "sgd", "adafactor", "adamw8bit", "galore", "apollo", "microadam", "lora", "flashadamw",
+    "nanoadam", "adamw", "sgd", "adafactor", "adamw8bit", "galore", "apollo", "microadam", "lora", "rslora", "shira",
+    "oft", "flashadamw",
 )  # fmt: skip
 """Those of `nanoadam.baselines`, by name: importing that takes torch, and the command's help does not."""
+
+ADAPTERS = ("lora", "rslora", "shira", "oft")
+"""Those of them that train adapters beside frozen weights."""
 
 SCHEDULERS = ("linear", "cosine", "constant")
 DENSITY_SCHEDULES = ("constant", "linear", "cosine")
@@ -38,6 +42,7 @@ FOUND = ("task", "learning_rate", "density", "density_end")
 """Keys that are found where they are not given; a run's config.toml has them."""
 
 SAVES = ("model", "delta", "both")
+GRANULARITIES = ("weight", "column")
 CRITERIA = ("smallest", "largest", "random", "gradient")
 
 
@@ -113,7 +118,18 @@ class Config:
         None, "Steps between selections; by default a 40th of an epoch. More than the run has: never again.",
         "nanoadam", low=1,
     )  # fmt: skip
-    criterion: str = _key("smallest", "Which weights are selected.", "nanoadam", CRITERIA)
+    granularity: str = _key(
+        "weight",
+        "What is selected: weights one by one, or whole input columns of linear layers, which is faster.",
+        "nanoadam",
+        GRANULARITIES,
+    )
+    criterion: str | None = _key(
+        None,
+        "Which are selected; by default the smallest weights, and of whole columns the largest.",
+        "nanoadam",
+        CRITERIA,
+    )
     keep_zeros: bool = _key(False, "Never select exact zeros: a pruned model stays pruned.", "nanoadam")
     moments: str = _key("carry", "Of weights that stay, at a new selection.", "nanoadam", ("carry", "reset"))
     state_dtype: str = _key("bfloat16", "Of the moments.", "nanoadam", ("bfloat16", "float32"))
@@ -178,10 +194,10 @@ class Config:
                 raise ValueError(f"there is no {name}: give --{name}, or {name} = ... in the config file")
         if self.max_grad_norm == 0:
             raise ValueError("max_grad_norm must be positive, or left out for no clipping, got 0")
-        if self.save != "model" and (self.optimizer == "lora" or self.init_from_config):
+        if self.save != "model" and (self.optimizer in ADAPTERS or self.init_from_config):
             why = (
-                "adapters change every weight beside them"
-                if self.optimizer == "lora"
+                "adapters are put into the weights when the run has ended"
+                if self.optimizer in ADAPTERS
                 else "random weights have no base"
             )
             raise ValueError(f"save {self.save!r} writes what has changed from the base, and {why}: leave it out")

@@ -89,7 +89,7 @@ def load(config: Config) -> tuple[Split, Split]:
     reading = Reading(config.columns, config.delimiter, config.encoding)
     train = _load(config.train, reading)
     if config.validation is not None:
-        validation = _load(config.validation, reading)
+        validation = _load(config.validation, dataclasses.replace(reading, beside=True))
     else:
         if len(train) < 2:
             count = f"{len(train)} row{'s' if len(train) != 1 else ''}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import io
@@ -16,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-
-from nanoadam.text import nearest
 
 PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DELIMITERS = (",", ";", "\t", "|")
@@ -42,11 +42,14 @@ class Reading:
         columns: names for tables without a header.
         delimiter: between the fields of a table; found by default.
         encoding: of text; UTF-8, or UTF-16 with its mark, by default.
+        beside: whether it is a file beside the one that the others were given for: what it says itself wins, be it a
+            header, another delimiter or UTF-8.
     """
 
     columns: tuple[str, ...] = ()
     delimiter: str | None = None
     encoding: str | None = None
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +98,8 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def text_of(path: Path, encoding: str | None = None) -> str:
-    """The text of a file, unpacked.
+def text_of(path: Path, encoding: str | None = None, beside: bool = False) -> str:
+    """The text of a file, unpacked; with `beside` the encoding is for what is not UTF-8.
 
     Raises:
         ValueError: if it is in another encoding, or no text.
@@ -108,6 +111,9 @@ def text_of(path: Path, encoding: str | None = None) -> str:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path} cannot be unpacked: {error}") from error
+    if beside and encoding is not None:
+        with contextlib.suppress(UnicodeDecodeError):
+            return raw.decode("utf-8-sig")
     chosen = encoding or ("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     try:
         return raw.decode(chosen)
@@ -121,11 +127,15 @@ def text_of(path: Path, encoding: str | None = None) -> str:
         ) from error
 
 
+def _text(path: Path, reading: Reading) -> str:
+    return text_of(path, reading.encoding, reading.beside)
+
+
 # JSON -----------------------------------------------------------------------------------------------------
 
 
 def _jsonl(path: Path, reading: Reading) -> Rows:
-    return _json_lines(path, text_of(path, reading.encoding))
+    return _json_lines(path, _text(path, reading))
 
 
 def _json_lines(path: Path, text: str) -> Rows:
@@ -147,7 +157,7 @@ def _json_lines(path: Path, text: str) -> Rows:
 
 
 def _json(path: Path, reading: Reading) -> Rows:
-    text = text_of(path, reading.encoding)
+    text = _text(path, reading)
     if not text.strip():
         return Rows(Dataset.from_list([]))
     try:
@@ -212,13 +222,19 @@ _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number"
 
 
 def _csv(path: Path, reading: Reading) -> Rows:
-    text = text_of(path, reading.encoding)
-    return _table(path, text, reading.delimiter or _delimiter(text), csv.QUOTE_MINIMAL, reading.columns)
+    text = _text(path, reading)
+    return _table(path, text, _chosen_delimiter(text, reading) or _delimiter(text), csv.QUOTE_MINIMAL, reading)
 
 
 def _tsv(path: Path, reading: Reading) -> Rows:
     # GLUE's TSV files hold quotation marks that quote nothing.
-    return _table(path, text_of(path, reading.encoding), reading.delimiter or "\t", csv.QUOTE_NONE, reading.columns)
+    text = _text(path, reading)
+    return _table(path, text, _chosen_delimiter(text, reading) or "\t", csv.QUOTE_NONE, reading)
+
+
+def _chosen_delimiter(text: str, reading: Reading) -> str | None:
+    given = reading.delimiter
+    return None if given is not None and reading.beside and given not in text.partition("\n")[0] else given
 
 
 def _delimiter(text: str) -> str:
@@ -235,7 +251,7 @@ def _delimiter(text: str) -> str:
     return max(DELIMITERS, key=head.count) if any(d in head for d in DELIMITERS) else ","
 
 
-def _table(path: Path, text: str, delimiter: str, quoting: int, columns: Sequence[str]) -> Rows:
+def _table(path: Path, text: str, delimiter: str, quoting: int, reading: Reading) -> Rows:
     """Every field is text: what looks like a number may be a code, like 007."""
     if len(delimiter) != 1:
         raise ValueError(f"--delimiter must be one character, got {delimiter!r}")
@@ -254,8 +270,8 @@ def _table(path: Path, text: str, delimiter: str, quoting: int, columns: Sequenc
         raise ValueError(f"line {line} of {path} cannot be read as a table: {error}") from error
     if not rows:
         return Rows(Dataset.from_list([]))
-    names = list(columns) if columns else _header(path, rows[0])
-    if not columns or _is_header(path, rows[0], columns):
+    names, own = _names(path, rows[0], reading)
+    if own:
         del rows[0], lines[0]
     for fields, number in zip(rows, lines, strict=True):
         if fields == names and len(names) > 1:
@@ -263,7 +279,7 @@ def _table(path: Path, text: str, delimiter: str, quoting: int, columns: Sequenc
                 f"line {number} of {path} names the columns again, as two tables in one file do: remove it"
             )
         if len(fields) != len(names):
-            raise ValueError(_ragged(path, number, len(fields), names, delimiter, bool(columns)))
+            raise ValueError(_ragged(path, number, len(fields), names, delimiter, not own))
     values = {name: [row[i] or None for row in rows] for i, name in enumerate(names)}
     return Rows(_texts(values), lines)
 
@@ -282,21 +298,26 @@ def _header(path: Path, fields: Sequence[str]) -> list[str]:
     return names
 
 
-def _is_header(path: Path, fields: Sequence[str], columns: Sequence[str]) -> bool:
-    """Whether the first line of a table whose columns are given names them itself.
+def _names(path: Path, fields: Sequence[str], reading: Reading) -> tuple[list[str], bool]:
+    """The names of a table's columns, and whether they are its first line.
 
     Raises:
-        ValueError: if it seems to, by other names.
+        ValueError: if both name them, differently.
     """
+    columns = reading.columns
+    if not columns:
+        return _header(path, fields), True
     found = [field.strip().lower() for field in fields]
     if found == [name.lower() for name in columns]:
-        return True
+        return list(columns), True
     if len(set(found) & HEADER_WORDS) > 1 or (len(found) == 1 and found[0] in HEADER_WORDS):
+        if reading.beside:
+            return _header(path, fields), True
         raise ValueError(
             f"the first line of {path} seems to name its columns ({', '.join(fields)}), but --columns names others "
             f"({', '.join(columns)}): leave out --columns, or remove that line"
         )
-    return False
+    return list(columns), False
 
 
 def _ragged(path: Path, line: int, count: int, names: Sequence[str], delimiter: str, given: bool) -> str:
@@ -324,8 +345,8 @@ def _xlsx(path: Path, reading: Reading) -> Rows:
     if not numbered:
         return Rows(Dataset.from_list([]))
     first = ["" if value is None else value for value in numbered[0][1]]
-    names = list(reading.columns) or _header(path, first)
-    if not reading.columns or _is_header(path, first, reading.columns):
+    names, own = _names(path, first, reading)
+    if own:
         del numbered[0]
     values = {name: [row[i] if i < len(row) else None for _, row in numbered] for i, name in enumerate(names)}
     return Rows(_texts(values), [i for i, _ in numbered])
@@ -354,7 +375,7 @@ def _parquet(path: Path, _: Reading) -> Rows:
 
 def _txt(path: Path, reading: Reading) -> Rows:
     """A row for each paragraph, or for each line where no line is empty."""
-    text = text_of(path, reading.encoding).replace("\r\n", "\n")
+    text = _text(path, reading).replace("\r\n", "\n")
     mark = "\n\n" if "\n\n" in text.strip() else "\n"
     parts, lines, line = [], [], 1
     for part in text.split(mark):
@@ -386,5 +407,8 @@ READERS: dict[str, Callable[[Path, Reading], Rows]] = {
 
 def missing(path: Path) -> ValueError:
     """What to say of a file that is not there."""
-    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return ValueError(f"there is no file {path}{nearest(path.name, near)}")
+    entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    # By the part before the suffix: all files with one suffix are like each other in it.
+    near = difflib.get_close_matches(path.stem, [Path(name).stem for name in entries], n=1, cutoff=0.6)
+    hint = f"; did you mean {next(name for name in entries if Path(name).stem == near[0])!r}?" if near else ""
+    return ValueError(f"there is no file {path}{hint}")

@@ -30,9 +30,9 @@ def label_names(train: Split, column: str) -> list[str]:
         if value is None:
             raise ValueError(f"{train.where(index)} has no {column!r}")
         if isinstance(value, (list, dict)):
-            what = "multi-label-classification for several labels a row" if isinstance(value, list) else "another task"
-            raise ValueError(f"{train.where(index)} has {_shown(value)} in {column!r}, which is no class: use --task "
-                             f"{what}, or another --label-column")  # fmt: skip
+            several = "--task multi-label-classification for several labels a row, or " * isinstance(value, list)
+            raise ValueError(f"{train.where(index)} has {_shown(value)} in {column!r}, which is no class: use "
+                             f"{several}another column with --label-column")  # fmt: skip
         if isinstance(value, float) and not value.is_integer():
             raise ValueError(f"{train.where(index)} has {column!r} {value!r}: for numbers use --task text-regression")
     names = sorted({class_of(value) for value in values}, key=_order)

@@ -15,7 +15,7 @@ from torch import nn
 
 import nanoadam
 from nanoadam import baselines
-from nanoadam.baselines import BASELINES
+from nanoadam.baselines import ADAPTERS, BASELINES
 from nanoadam.finetuning.config import Config
 from nanoadam.schedules import Schedule
 from nanoadam.text import nearest
@@ -46,7 +46,7 @@ def method(name: str) -> baselines.Baseline:
 
 TYPICAL = {
     "nanoadam": 5e-4, "adamw": 4e-5, "adamw8bit": 4e-5, "flashadamw": 4e-5, "microadam": 4e-5, "galore": 1e-4,
-    "apollo": 1e-4, "adafactor": 3e-4, "lora": 3e-4, "sgd": 1e-2,
+    "apollo": 1e-4, "adafactor": 3e-4, "lora": 3e-4, "rslora": 2e-4, "shira": 5e-4, "oft": 5e-4, "sgd": 1e-2,
 }  # fmt: skip
 """Learning rates that were about right in runs of `TYPICAL_STEPS`; that of nanoadam at a density of 10 %."""
 
@@ -77,7 +77,8 @@ def options(config: Config) -> Options:
     implied: dict[str, Options] = {
         "sgd": {"momentum": config.beta1},
         "microadam": {"seed": config.seed},
-        "lora": {"trainer": "adamw"},
+        **{name: {"trainer": "adamw"} for name in ADAPTERS},
+        "shira": {"trainer": "adamw", "seed": config.seed},
     }
     return {**implied.get(config.optimizer, {}), **given}
 
@@ -96,12 +97,10 @@ def check(config: Config) -> None:
             f"{chosen.name} with release steps in each backward pass, which rules out {key}: leave out one"
         )
     if by_nanoadam(config):
-        if config.optimizer == "lora":
-            adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+        adapt(_layers(config), config)
         return  # nanoadam.for_trainer checks its options itself
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    where: Any = {"device": device, "dtype": getattr(torch, config.dtype)}
-    layer = nn.Sequential(nn.Linear(4, 4, **where), nn.Linear(4, 4, **where))
+    layer = _layers(config, device=device, dtype=getattr(torch, config.dtype))
     factory, arguments = _for_trainer(config)
     try:
         factory()(adapt(layer, config), **arguments)
@@ -109,11 +108,23 @@ def check(config: Config) -> None:
         raise ValueError(f"{chosen.name} cannot be made as configured: {error}") from error
 
 
+def _layers(config: Config, **where: Any) -> nn.Module:
+    """What a method is tried on: as wide as SHiRA's rank asks, which may not have more weights than a layer."""
+    rank = options(config).get("rank") or 32
+    wide = 4 if config.optimizer != "shira" or not 0 < rank < 512 else 2 * rank
+    return nn.Sequential(nn.Linear(wide, wide, **where), nn.Linear(wide, wide, **where))
+
+
 def adapt(model: nn.Module, config: Config) -> Any:
-    """The model to be trained: with adapters for LoRA, otherwise as it is."""
-    if config.optimizer != "lora":
+    """The model to be trained: with adapters where the method has them, otherwise as it is.
+
+    Raises:
+        ValueError: for a model that they cannot be put into.
+    """
+    if config.optimizer not in ADAPTERS:
         return model
-    return baselines.apply_lora(model, **{key: value for key, value in options(config).items() if key in LORA})
+    own = {key: value for key, value in options(config).items() if key in _of_adapters(config.optimizer)}
+    return ADAPTERS[config.optimizer](model, **own)
 
 
 def make(model: nn.Module, config: Config, plan: Plan) -> Made:
@@ -131,7 +142,7 @@ def make(model: nn.Module, config: Config, plan: Plan) -> Made:
 
 
 def _for_trainer(config: Config) -> Made:
-    own = {key: value for key, value in options(config).items() if key not in LORA}
+    own = {key: value for key, value in options(config).items() if key not in _of_adapters(config.optimizer)}
     return baselines.for_trainer(
         config.optimizer,
         config.learning_rate if config.learning_rate is not None else typical(config),
@@ -159,6 +170,7 @@ def _nanoadam(config: Config, plan: Plan) -> Made:
         eps=config.eps,
         density=density,
         mask_interval=config.mask_interval or recommended.mask_interval,
+        granularity=config.granularity,
         criterion=config.criterion,
         keep_zeros=config.keep_zeros,
         moments=config.moments,
@@ -194,8 +206,10 @@ def limit_lines(found: Mapping[str, list[str]]) -> list[str]:
 
 # Options of a method as text: METHOD.OPTION=VALUE ---------------------------------------------------------
 
-LORA = tuple(name for name in inspect.signature(baselines.apply_lora).parameters if name != "model")
-"""Options of LoRA that are those of its adapters."""
+
+def _of_adapters(name: str) -> tuple[str, ...]:
+    """Options of a method that are those of its adapters."""
+    return tuple(inspect.signature(ADAPTERS[name]).parameters)[1:] if name in ADAPTERS else ()
 
 
 def parse(texts: Iterable[str]) -> dict[str, Options]:
@@ -223,8 +237,8 @@ def parse(texts: Iterable[str]) -> dict[str, Options]:
 def _known(chosen: baselines.Baseline) -> dict[str, tuple[type, ...]]:
     """What its options are called, and the types of values they take."""
     functions: list[Callable[..., Any]] = [chosen.build]
-    if chosen.name == "lora":
-        functions.append(baselines.apply_lora)
+    if chosen.name in ADAPTERS:
+        functions.append(ADAPTERS[chosen.name])
     found = {}
     for function in functions:
         for option, parameter in inspect.signature(function, eval_str=True).parameters.items():

@@ -7,12 +7,15 @@ from typing import Any
 from nanoadam import memory as costs
 from nanoadam import param_groups
 from nanoadam.finetuning import optimizers
+from nanoadam.finetuning.config import ADAPTERS
 from nanoadam.finetuning.job import Job
 from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, number
 from nanoadam.text import size
 
 FEW_ROWS = 200
 SHOWN = 10
+WHICH = {"smallest": "the smallest {}", "largest": "the largest {}", "random": "{} at random",
+         "gradient": "{} with the largest gradients"}  # fmt: skip
 
 
 def beginning(job: Job) -> list[str]:
@@ -77,27 +80,35 @@ def _optimizer(job: Job) -> str:
     name = optimizers.method(config.optimizer).title
     if config.optimizer != "nanoadam":
         return name
-    groups = param_groups(job.task.model)
-    total = sum(p.numel() for group in groups for p in group["params"])
-    selected = sum(p.numel() for group in groups if not group["dense"] for p in group["params"])
+    groups = param_groups(job.task.model, granularity=config.granularity)
+
+    def share_of(kind: str) -> float:
+        counted: list[int] = [sum(p.numel() for p in g["params"]) for g in groups
+                   if not g["dense"] and g.get("granularity", "weight") == kind]  # fmt: skip
+        every = sum(int(p.numel()) for g in groups for p in g["params"])
+        return 100 * sum(counted) / max(1, every)
+
     start, end = config.densities
     share = f"{100 * start:g} %" + (f" falling to {100 * end:g} %" if end is not None and end < start else "")
-    return (
-        f"{name}, the {'smallest' if config.criterion == 'smallest' else config.criterion} {share} of "
-        f"{100 * selected / max(1, total):.3g} % of the weights; the rest (norms, biases, head) in full"
-    )
+    where, rest = f"{share_of('weight'):.3g} %", "the rest (norms, biases, head) in full"
+    weights = WHICH[config.criterion or "smallest"]
+    if config.granularity == "column":
+        columns = WHICH[config.criterion or "largest"].format("whole columns")
+        columns += f" in {share_of('column'):.3g} % of the weights"
+        return f"{name}, {share}: {columns}, {weights.format('single weights')} in {where}; {rest}"
+    return f"{name}, {weights.format(share)} of {where} of the weights; {rest}"
 
 
 def expected(job: Job) -> dict[str, dict[str, int]]:
     """Bytes by kind, by formula, of this optimizer (`own`) and of AdamW; nothing where there is no formula."""
     config = job.config
-    if config.optimizer not in costs.METHODS or config.optimizer == "lora":
+    if config.optimizer not in costs.METHODS or config.optimizer in ADAPTERS:
         return {}
     own: dict[str, Any] = {}
     if config.optimizer == "nanoadam":
         own = {"density": max(share for share in config.densities if share is not None),
                "state_dtype": config.state_dtype, "grad_dtype": config.grad_dtype,
-               "carried": config.moments == "carry"}  # fmt: skip
+               "carried": config.moments == "carry", "granularity": config.granularity}  # fmt: skip
     elif config.optimizer == "adamw":
         own = {"state_dtype": config.dtype}
     elif config.optimizer == "sgd":

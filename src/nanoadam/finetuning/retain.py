@@ -2,7 +2,7 @@
 
 Three measures, chosen by what the data is:
 
-- a text file, for language models: loss per token;
+- a text file, or rows that language models learn from, for language models: loss per token;
 - pairs of texts (a question and its answer), for text encoders: retrieval without training. Each text is the mean of
   its last hidden states, each first text is to find its second one among all by cosine: recall@1 and mean
   reciprocal rank. That is what sentence encoders are pretrained for;
@@ -15,6 +15,7 @@ Forgetting is how much worse a measure is after than before: before - after, and
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -27,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanoadam.baselines.lora import has_adapters, pretrained
-from nanoadam.finetuning import data, files, labels
+from nanoadam.baselines.adapters import has_adapters, pretrained
+from nanoadam.finetuning import columns, data, files, labels
 from nanoadam.finetuning.config import Config
 
 BATCH = 128
@@ -61,7 +62,8 @@ def measures(config: Config, processor: Any) -> dict[str, Measure]:
         stem = Path(name).stem if Path(name).expanduser().exists() else name
         if stem in found:
             raise ValueError(f"retain holds two files called {stem}: their results could not be told apart")
-        key = ("retain", data.stamp(name), config.task, data.stamp(config.tokenizer or config.model))
+        reading = (config.delimiter, config.encoding)
+        key = ("retain", data.stamp(name), config.task, data.stamp(config.tokenizer or config.model), reading)
         measure = data.remembered(key, functools.partial(_measure, name, config, processor))
         found[stem] = functools.partial(measure, precision=precision)
     return found
@@ -101,8 +103,8 @@ def _measure(name: str, config: Config, processor: Any) -> Measure:
                              "pairs of texts or labelled rows")  # fmt: skip
         if not path.is_file():
             raise ValueError(f"there is no text file {name} to retain")
-        return _token_loss(path, processor)
-    split = data.read(name)
+        return _token_loss(path, _running_text(path, config), processor)
+    split = data.read(name, files.Reading(delimiter=config.delimiter, encoding=config.encoding, beside=True))
     if config.task == "image-classification":
         return _image_probe(split, processor)
     if split.has(data.LABEL):
@@ -113,8 +115,26 @@ def _measure(name: str, config: Config, processor: Any) -> Measure:
 # Language models ------------------------------------------------------------------------------------------
 
 
-def _token_loss(path: Path, tokenizer: Any) -> Measure:
-    text = files.text_of(path)
+def _running_text(path: Path, config: Config) -> str:
+    """A text as it is; of rows what a language model would learn from, one after the other."""
+    suffix = files.format_of(path)
+    if suffix == ".txt" or suffix not in files.READERS:
+        return files.text_of(path, config.encoding, beside=True)
+    split = data.read(str(path), files.Reading(delimiter=config.delimiter, encoding=config.encoding, beside=True))
+    kind, roles = columns.of_completions(path.name, split.rows, dataclasses.replace(config, **_UNTOLD))
+    if kind == "chat":
+        raise ValueError(f"retain {path}: conversations are no text to retain; give a text file, or texts in a column")
+    parts = [labels.texts(split, name, empty=True) for name in roles.read]
+    return "\n\n".join("\n\n".join(part for part in row if part) for row in zip(*parts, strict=True))
+
+
+_UNTOLD: dict[str, Any] = dict.fromkeys(
+    ("text_column", "label_column", "prompt_column", "completion_column", "messages_column")
+)
+"""Names of columns are those of the training data."""
+
+
+def _token_loss(path: Path, text: str, tokenizer: Any) -> Measure:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < 2:
         raise ValueError(f"{path} holds fewer than two tokens: there is nothing to retain")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from nanoadam import delta
-from nanoadam.baselines.lora import merge_lora, pretrained
+from nanoadam.baselines.adapters import merged, pretrained
 from nanoadam.finetuning import card, folders, optimizers, outcome, patches, rates, retain, training
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning.config import Config
@@ -233,7 +233,7 @@ def _run(
     if trainer.seen is None:
         trainer.evaluate()
     job.task.finish()
-    whole = merge_lora(model)
+    whole = merged(model)
     results = {
         **outcome.measured(job, lines),
         **distance(whole, before),

@@ -266,9 +266,11 @@ class Metrics(TrainerCallback):
             }
             if self._own_head:
                 rates, groups = kwargs["lr_scheduler"].get_last_lr(), unwrap(kwargs["optimizer"]).param_groups
-                values["head_learning_rate"] = next(
-                    float(rate) for rate, group in zip(rates, groups, strict=True) if group["role"] == "head"
-                )
+                by_head = {str(group["role"]).startswith(("head", "selected head")): float(rate)
+                           for rate, group in zip(reversed(rates), reversed(groups), strict=True)}  # fmt: skip
+                values["head_learning_rate"] = by_head[True]
+                # The Trainer logs the first group's, which is the head's where nothing but vectors is trained beside.
+                values["learning_rate"] = by_head.get(False, values["learning_rate"])
             line = {"event": "train", **line, **values, "seconds_per_step": seconds, "memory": dict(self._memory)}
             self._times = []
         else:

@@ -100,7 +100,7 @@ def predict(
     read = manifest["data"]["read_as"]
     columns = _columns(read)
     if name is not None:
-        split = data.read(name, Reading(config.columns, config.delimiter, config.encoding))
+        split = data.read(name, Reading(config.columns, config.delimiter, config.encoding, beside=True))
     else:
         if len(columns) != 1 and config.task != "causal-lm":
             raise ValueError(f"this model reads {' and '.join(columns)}: give them with --data")

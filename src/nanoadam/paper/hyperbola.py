@@ -7,7 +7,6 @@ the optimizer does.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import statistics
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -28,6 +26,7 @@ from nanoadam.finetuning.config import Config
 from nanoadam.paper import experiments
 from nanoadam.paper.experiments import Row, Setting
 from nanoadam.paper.recipe import Recipe
+from nanoadam.reports.charts import Chart, Series, draw
 
 LEAST = 1000
 """Tensors with fewer weights are left out: 0.01 % of them is less than a weight."""
@@ -84,7 +83,7 @@ class Recorder(TrainerCallback):
             self.shift += analysis.shift(before, now[name].detach().cpu())
 
 
-def run(recipe: Recipe, setting: Setting) -> tuple[list[Row], list[Figure]]:
+def run(recipe: Recipe, setting: Setting) -> tuple[list[Row], list[str]]:
     """Every variant on every model and task, with each seed: rows beside the paper's, and the plane of each.
 
     A line of `runs.jsonl` is all that rows and planes take of a run; `gradients.jsonl` is made of it at the end.
@@ -120,9 +119,7 @@ def run(recipe: Recipe, setting: Setting) -> tuple[list[Row], list[Figure]]:
     folders.write(setting.out / "gradients.jsonl", "".join(json.dumps(record) + "\n" for record in flat))
     rows = [row for key, lines in found.items() for row in _rows(recipe, *key, lines)]
     rows += [_stopped(*key, reasons) for key, reasons in stopped.items()]
-    return rows, [
-        planes(", ".join(key), lines[0]["gradients"]) for key, lines in found.items() if lines[0]["gradients"]
-    ]
+    return rows, [drawn for key, lines in found.items() for drawn in planes(", ".join(key), lines[0]["gradients"])]
 
 
 def _line(recorder: Recorder) -> dict[str, Any]:
@@ -197,28 +194,22 @@ def _by_layer(records: Iterable[Mapping[str, Any]], pattern: str, early: int) ->
     return found
 
 
-def planes(title: str, records: Iterable[Mapping[str, Any]]) -> Figure:
-    """|gradient| over |weight|, a row for each tensor that is drawn and a column for each step.
+def planes(title: str, records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """|gradient| over |weight|: a chart for each tensor that is drawn and each step.
 
     Args:
-        title: of the figure.
+        title: of all.
         records: `Recorder.gradients`, or others like them; those without points are left out.
 
     Returns:
-        A matplotlib Figure.
+        Figures in HTML.
     """
-    drawn = [record for record in records if "points" in record["value"]]
-    names = list(dict.fromkeys(record["name"] for record in drawn))
-    steps = sorted({record["step"] for record in drawn})
-    figure = Figure(figsize=(2.6 * len(steps), 2.3 * len(names) + 0.4), layout="constrained")
-    panels = figure.subplots(len(names), len(steps), squeeze=False)
-    for record in drawn:
-        axes = panels[names.index(record["name"])][steps.index(record["step"])]
+    found = []
+    for record in (record for record in records if "points" in record["value"]):
         points, ratio = record["value"]["points"], record["value"]["ratio"]
-        axes.plot(points["weight"], points["gradient"], ".", ms=1.5, alpha=0.6)
-        axes.set_title(f"{record['name'].split('.', 1)[-1][-34:]}\nstep {record['step']}, r = "
-                       f"{math.nan if ratio is None else ratio:.3g}", fontsize=6)  # fmt: skip
-        axes.tick_params(labelsize=5)
-        axes.ticklabel_format(style="sci", scilimits=(0, 0))
-    figure.suptitle(f"{title}: |gradient| over |weight|", fontsize=9)
-    return figure
+        name = f"{title}: {record['name'].split('.', 1)[-1]}, step {record['step']}"
+        where = list(zip(points["weight"], points["gradient"], strict=True))
+        series = [Series("a weight", where, "cloud")]
+        words = "" if ratio is None else f"r = {ratio:.3g}; smaller is more hyperbolic."
+        found.append(draw(Chart(name, series, x="|weight|", y="|gradient|", zero=True, words=words)))
+    return [figure for figure in found if figure]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from nanoadam.finetuning import folders
 from nanoadam.paper import recipe as recipes
 from nanoadam.paper.recipe import Recipe
+from nanoadam.reports.charts import Chart, Series, draw, heat
+from nanoadam.text import duration
 
 if TYPE_CHECKING:
     from nanoadam.paper.experiments import Setting
@@ -28,12 +30,12 @@ class Found:
 
     Args:
         rows: see `nanoadam.paper.experiments`.
-        figures: of matplotlib, for the report.
+        figures: in HTML, for the report.
         notes: lines under the table.
     """
 
     rows: list[Row]
-    figures: Sequence[Any] = ()
+    figures: Sequence[str] = ()
     notes: Sequence[str] = ()
 
 
@@ -180,16 +182,32 @@ def _run(recipe: Recipe, setting: Setting, manifest: dict[str, Any]) -> dict[str
     manifest = {**manifest, "results": results}
     lead = f"{recipe.title}. In the paper: {recipe.keys.get('tables', 'nowhere')}. Scale: {recipe.scale}."
     page = render(
-        recipe.name, lead, lines(results), list(found.figures), manifest, results["notes"], _warnings(recipe, results)
-    )
+        f"reproduce: {recipe.name}", lead, lines(results), found.figures, manifest, found.notes,
+        _warnings(recipe, results), _verdict(recipe, results),
+    )  # fmt: skip
     folders.write(out / "report.html", page)
     folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return results
 
 
+def _verdict(recipe: Recipe, results: Mapping[str, Any]) -> str:
+    """How much of what the paper prints came out here."""
+    rows = results["rows"]
+    if recipe.scale == "smoke":
+        return f"It runs from end to end: {len(rows)} rows, in {duration(results['seconds'])}."
+    beside = [row for row in rows if row["paper"] is not None and row["here"] is not None]
+    lost = sum(row["here"] is None for row in rows)
+    spread = [row for row in beside if row["here"]["std"]]
+    near = sum(abs(row["here"]["mean"] - row["paper"]) <= 2 * row["here"]["std"] for row in spread)
+    text = f"{len(rows) - lost} of {len(rows)} rows have a result; {len(beside)} have a figure of the paper beside it"
+    return text + (f", and {near} of {len(spread)} are within two deviations of it." if spread else ".")
+
+
 def _warnings(recipe: Recipe, results: Mapping[str, Any]) -> list[str]:
     """What must be known before the figures are read."""
     found = []
+    if recipe.scale == "small":
+        found.append("A local stand-in for the paper's model or data: its figures are not to be compared one by one.")
     if recipe.scale == "smoke":
         found.append(
             "Every figure here is of a tiny model with random weights: it shows that the program runs, and says "
@@ -225,7 +243,7 @@ def _comparison(recipe: Recipe, setting: Any) -> Found:
     from nanoadam.paper import experiments
 
     rows = experiments.comparisons(recipe, setting)
-    return Found(rows, [_by_rate(rows)] if any(len(row.get("by_rate", ())) > 1 for row in rows) else [])
+    return Found(rows, _by_rate(rows) if any(len(row.get("by_rate", ())) > 1 for row in rows) else [])
 
 
 def _sequence(recipe: Recipe, setting: Any) -> Found:
@@ -233,7 +251,7 @@ def _sequence(recipe: Recipe, setting: Any) -> Found:
 
     rows = experiments.sequences(recipe, setting)
     done = [line for line in folders.read_lines(setting.out / "metrics.jsonl") if "stopped" not in line]
-    return Found(rows, [_heat(done)] if done else [])
+    return Found(rows, _moved(done))
 
 
 def _answers(recipe: Recipe, setting: Any) -> Found:
@@ -286,7 +304,7 @@ def fronts_of(job: Any, lines: Sequence[Mapping[str, Any]]) -> Found:
                 what = f"BatchNorm {norms}, {'each its own task 1' if start is None else f'task 1 by {start}'}"
                 rows += [_area(row, what, lines, norms, start) for row in table]
                 labels = "task 2, test accuracy", "task 1 afterwards, test accuracy"
-                figures.append(fronts.figure(table, labels, f"{what}; areas from {reference}"))
+                figures.append(fronts.chart(table, labels, f"{what}; areas from {reference}"))
     return Found(
         rows, figures, [f"area under the front, from {reference[0]:g} of task 2 and {reference[1]:g} of task 1"]
     )
@@ -369,44 +387,36 @@ def _line(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-# Figures --------------------------------------------------------------------------------------------------
+# Charts ---------------------------------------------------------------------------------------------------
 
 
-def _by_rate(rows: Sequence[Row]) -> Any:
-    """The metric over learning rates, a panel for each model and task."""
-    from matplotlib.figure import Figure
-
+def _by_rate(rows: list[Row]) -> list[str]:
+    """The metric over learning rates, a chart for each model and task."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "by_rate" in row:
             found.setdefault((row["model"], row["task"]), []).append(row)
-    wide = min(3, len(found))
-    figure = Figure(figsize=(4 * wide, 3 * math.ceil(len(found) / wide)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(found) / wide), wide, squeeze=False).flat
-    for axes, ((model, task), own) in zip(panels, found.items(), strict=False):
-        for row in own:
-            points = [(float(rate), value) for rate, value in row["by_rate"].items() if value is not None]
-            axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, label=row["variant"]) if points else None
-        axes.set(xscale="log", title=f"{model}, {task}", xlabel="learning rate", ylabel=f"{own[0]['metric']} (%)")
-        axes.legend(fontsize=6)
-    return figure
-
-
-def _heat(done: Sequence[Mapping[str, Any]]) -> Any:
-    """How far each tensor has moved from the pretrained weights, a row for each method, seeds averaged."""
-    from matplotlib.figure import Figure
-
-    kinds = list(dict.fromkeys((line["model"], line["variant"]) for line in done))
-    figure = Figure(figsize=(9, 1.2 + 0.9 * len(kinds)), layout="constrained")
-    for axes, (model, variant) in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
-        own = [
-            list(line["pretrained"]["tensors"].values())
-            for line in done
-            if (line["model"], line["variant"]) == (model, variant)
+    drawn = []
+    for (model, task), own in found.items():
+        series = [
+            Series(row["variant"], [(float(rate), value) for rate, value in row["by_rate"].items()]) for row in own
         ]
-        means = [[sum(column) / len(column) for column in zip(*own, strict=True)]]
-        image = axes.imshow(means, aspect="auto", cmap="viridis")
-        axes.set_title(f"{model}, {variant}: l2 distance by tensor, in the order of the network", fontsize=8)
-        axes.set_yticks([])
-        figure.colorbar(image, ax=axes)
-    return figure
+        title = f"Which learning rate? {model}, {task}: {own[0]['metric']} (%)"
+        drawn.append(draw(Chart(title, series, x="learning rate", log=True)))
+    return [chart for chart in drawn if chart]
+
+
+def _moved(done: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far each tensor has moved from the pretrained weights, a row for each method, seeds averaged."""
+    found = []
+    for model in dict.fromkeys(line["model"] for line in done):
+        rows, names = [], list[str]()
+        for variant in dict.fromkeys(line["variant"] for line in done if line["model"] == model):
+            own = [
+                line["pretrained"]["tensors"] for line in done if (line["model"], line["variant"]) == (model, variant)
+            ]
+            names = list(own[0])
+            rows.append((variant, [sum(one[name] for one in own) / len(own) for name in names]))
+        found.append(heat(f"How far has each tensor of {model} moved? (l2)", list(map(str, range(1, len(names) + 1))),
+                          rows, "tensor, in the order of the network"))  # fmt: skip
+    return found

@@ -24,14 +24,20 @@ class Series:
     """One line of a chart.
 
     Args:
-        name: in the legend.
+        name: in the legend; "" for none there.
         points: x and y; a y of None leaves a gap.
-        kind: "line", "step" (a value holds until the next), "dots" or "level" (a dashed line all the way).
+        kind: "line"; "step" (a value holds until the next); "reach" (a value holds since the one before: what has been
+            reached); "dots"; "cloud" (many small dots, which do not answer to the pointer); "arrows" from the origin;
+            "level" (a dashed line all the way).
+        labels: what to say of each point beside its values.
+        color: its number, where series belong together; by default its place.
     """
 
     name: str
     points: Sequence[tuple[float, float | None]]
     kind: str = "line"
+    labels: Sequence[str] = ()
+    color: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Chart:
         words: under the chart.
         log: whether the horizontal axis is logarithmic.
         zero: whether the vertical axis begins at 0.
+        y: name of the vertical axis, where the title does not say it.
+        log_y: whether the vertical axis is logarithmic.
+        square: both axes from this to that.
     """
 
     title: str
@@ -55,6 +64,9 @@ class Chart:
     words: str = ""
     log: bool = False
     zero: bool = False
+    y: str = ""
+    log_y: bool = False
+    square: tuple[float, float] | None = None
 
 
 def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
@@ -72,9 +84,14 @@ def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[f
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between the two, or the ends where there is none."""
+    """Powers of ten between the two, with twice and five times them where they are few; or the ends."""
     powers = [10.0**p for p in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    return [p for p in powers if low * 0.999 <= p <= high * 1.001] or [low, high]
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        marks = [power * factor for power in powers for factor in factors]
+        marks = [mark for mark in marks if low * 0.999 <= mark <= high * 1.001]
+        if len(marks) > 2:
+            return marks
+    return marks or [low, high]
 
 
 def label(value: float, unit: str = "") -> str:
@@ -85,7 +102,12 @@ def label(value: float, unit: str = "") -> str:
         return size(value)
     if value == int(value) and 1000 <= abs(value) < 1e7:
         return f"{int(value):,}"
-    return f"{value:.4g}"
+    return _shorter(f"{value:.4g}")
+
+
+def _shorter(text: str) -> str:
+    """1e-5 for 1e-05."""
+    return text.replace("e-0", "e-").replace("e+0", "e")
 
 
 def tick_labels(marks: Sequence[float], unit: str = "") -> list[str]:
@@ -97,47 +119,73 @@ def tick_labels(marks: Sequence[float], unit: str = "") -> list[str]:
         return [label(mark) for mark in marks]
     digits = math.ceil(-math.log10(step) - 1e-9)
     if digits > 4:
-        return [f"{mark:.2g}" for mark in marks]
+        return [_shorter(f"{mark:.2g}") for mark in marks]
     digits += 1 if abs(step * 10**digits - round(step * 10**digits)) > 1e-6 else 0  # steps of 2.5
     return [f"{mark:.{digits}f}" for mark in marks]
 
 
 def draw(chart: Chart) -> str:
     """A figure: the chart, its legend, its words."""
-    series = [s for s in chart.series if any(y is not None and math.isfinite(y) for _, y in s.points)]
+    colored = [dataclasses.replace(one, color=i if one.color is None else one.color)
+               for i, one in enumerate(chart.series)]  # fmt: skip
+    series = [one for one in (_drawable(one, chart) for one in colored) if one.points]
     if not series:
         return ""
+    ends = chart.square or ()
     xs = [x for s in series for x, _ in s.points if s.kind != "level"] or [0.0, 1.0]
-    ys = [y for s in series for _, y in s.points if y is not None and math.isfinite(y)]
-    across = _axis(xs, chart.log, whole=not chart.log)
-    marks = ticks(0.0 if chart.zero else min(ys), max(ys))
-    up = _scale(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
-    right, at = across
+    ys = [y for s in series for _, y in s.points if y is not None]
+    right, at = _across([*xs, *ends], chart)
+    marks, up = _upwards([*ys, *ends], chart)
     body = [_grid(chart, marks, up, right, at)]
-    body += [_line(s, i, at, up, right) for i, s in enumerate(series)]
+    body += [_line(s, at, up) for s in series]
     hover = {
         "unit": chart.unit,
         "x": chart.x,
-        "series": [{"name": s.name, "color": i % COLORS, "points": [[x, y, round(at(x), 1), round(up(y), 1)]
-                    for x, y in s.points if y is not None and math.isfinite(y)]}
-                   for i, s in enumerate(series) if s.kind != "level"],
+        "series": [
+            {"name": s.name, "points": [
+                [x, y, round(at(x), 1), round(up(y), 1), *([s.labels[i]] if s.labels else [])]
+                for i, (x, y) in enumerate(s.points) if y is not None]}
+            for s in series if s.kind not in ("level", "cloud")
+        ],
     }  # fmt: skip
     svg = (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(_spoken(chart, series))}" '
         f'data-hover="{html.escape(json.dumps(hover))}">{"".join(body)}</svg>'
     )
-    return _figure(chart.title, svg, _legend([(s.name, i) for i, s in enumerate(series)]), chart.words)
+    return _figure(chart.title, svg, _legend([(s.name, s.color or 0) for s in series if s.name]), chart.words)
 
 
-def _axis(xs: Sequence[float], log: bool, whole: bool) -> tuple[list[float], Callable[[float], float]]:
+def _drawable(series: Series, chart: Chart) -> Series:
+    """Without points that are not finite, or not positive where an axis is logarithmic."""
+
+    def good(x: float, y: float | None) -> bool:
+        if y is None or not math.isfinite(x) or not math.isfinite(y):
+            return False
+        return (x > 0 or not chart.log or series.kind == "level") and (y > 0 or not chart.log_y)
+
+    kept = [i for i, point in enumerate(series.points) if good(*point)]
+    labels = [series.labels[i] for i in kept] if series.labels else ()
+    return dataclasses.replace(series, points=[series.points[i] for i in kept], labels=labels)
+
+
+def _across(xs: Sequence[float], chart: Chart) -> tuple[list[float], Scale]:
     low, high = min(xs), max(xs)
-    if log:
+    if chart.log:
         low, high = low / 1.3, high * 1.3
-        marks = log_ticks(low, high)
         inner = _scale(math.log10(low), math.log10(high), LEFT, WIDTH - RIGHT)
-        return marks, lambda x: inner(math.log10(x))
+        return log_ticks(low, high), lambda x: inner(math.log10(x))
+    whole = all(x == int(x) for x in xs)
     marks = [m for m in ticks(low, high, whole=whole) if low <= m <= high] or [low]
     return marks, _scale(low, high if high > low else low + 1, LEFT + 6, WIDTH - RIGHT - 6)
+
+
+def _upwards(ys: Sequence[float], chart: Chart) -> tuple[list[float], Scale]:
+    if chart.log_y:
+        low, high = min(ys) / 1.3, max(ys) * 1.3
+        inner = _scale(math.log10(low), math.log10(high), HEIGHT - BOTTOM, TOP)
+        return log_ticks(low, high), lambda y: inner(math.log10(y))
+    marks = ticks(0.0 if chart.zero else min(ys), max(ys))
+    return marks, _scale(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -153,23 +201,31 @@ def _grid(
     at: Scale,
 ) -> str:
     parts = []
-    for mark, text in zip(marks, tick_labels(marks, chart.unit), strict=True):
+    texts = [label(mark, chart.unit) for mark in marks] if chart.log_y else tick_labels(marks, chart.unit)
+    for mark, text in zip(marks, texts, strict=True):
         y = up(mark)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     parts += [f'<text x="{at(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label(x)}</text>' for x in xs]
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(chart.x)}</text>')
+    if chart.y:
+        place = f'x="12" y="{(TOP + HEIGHT - BOTTOM) / 2}" transform="rotate(-90 12 {(TOP + HEIGHT - BOTTOM) / 2})"'
+        parts.append(f'<text {place} text-anchor="middle">{html.escape(chart.y)}</text>')
     return "".join(parts)
 
 
-def _line(series: Series, color: int, at: Scale, up: Scale, xs: Sequence[float]) -> str:
-    points = [(at(x) if series.kind != "level" else 0.0, up(y)) for x, y in series.points
-              if y is not None and math.isfinite(y)]  # fmt: skip
-    tone = f"c{color % COLORS}"
+def _line(series: Series, at: Scale, up: Scale) -> str:
+    points = [(at(x) if series.kind != "level" else 0.0, up(y)) for x, y in series.points if y is not None]
+    tone = f"c{(series.color or 0) % COLORS}"
     if series.kind == "level":
         y = points[0][1]
         return f'<line class="{tone} level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    if series.kind == "cloud":
+        return f'<path class="{tone} cloud" d="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)}"/>'
+    if series.kind == "arrows":
+        x0, y0 = at(0.0), up(0.0)
+        return f'<path class="{tone}" d="{"".join(_arrow(x0, y0, x, y) for x, y in points)}"/>'
     dots = "".join(f'<circle class="{tone}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in points)
     if series.kind == "dots":
         return dots
@@ -177,11 +233,24 @@ def _line(series: Series, color: int, at: Scale, up: Scale, xs: Sequence[float])
     for i, (x, y) in enumerate(points):
         if i and series.kind == "step":
             path.append(f"H{x:.1f}")
+        if i and series.kind == "reach":
+            path.append(f"V{y:.1f}")
         path.append(f"{'L' if i else 'M'}{x:.1f} {y:.1f}")
     return f'<path class="{tone}" d="{"".join(path)}"/>' + (dots if len(points) <= 30 else "")
 
 
+def _arrow(x0: float, y0: float, x: float, y: float) -> str:
+    """A line and the two of its head."""
+    parts = [f"M{x0:.1f} {y0:.1f}L{x:.1f} {y:.1f}"]
+    for turn in (2.7, -2.7):
+        angle = math.atan2(y - y0, x - x0) + turn
+        parts.append(f"M{x:.1f} {y:.1f}l{7 * math.cos(angle):.1f} {7 * math.sin(angle):.1f}")
+    return "".join(parts)
+
+
 def _legend(names: Sequence[tuple[str, int]]) -> str:
+    if not names:
+        return ""
     entries = "".join(f'<li><i class="b{i % COLORS}"></i>{html.escape(name)}</li>' for name, i in names)
     return f'<ul class="legend">{entries}</ul>'
 
@@ -195,8 +264,12 @@ def _spoken(chart: Chart, series: Sequence[Series]) -> str:
     """What stands for the picture: each line's first and last value."""
     parts = []
     for s in series:
-        points = [(x, y) for x, y in s.points if y is not None and math.isfinite(y)]
-        if s.kind == "level" or len(points) == 1:
+        points = [(x, y) for x, y in s.points if y is not None]
+        if not s.name:
+            continue
+        if s.kind in ("dots", "cloud", "arrows"):
+            parts.append(f"{s.name}: {len(points)} points")
+        elif s.kind == "level" or len(points) == 1:
             parts.append(f"{s.name}: {label(points[0][1], chart.unit)}")
         else:
             (x0, y0), (x1, y1) = points[0], points[-1]
@@ -231,3 +304,48 @@ def bars(title: str, rows: Sequence[tuple[str, Mapping[str, float]]], unit: str 
         f"{''.join(body)}</svg>"
     )
     return _figure(title, svg, _legend([(kind, i) for i, kind in enumerate(kinds)]), words)
+
+
+def heat(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    x: str = "",
+    words: str = "",
+) -> str:
+    """A rectangle for each value, darker for larger ones; a value of None leaves a gap.
+
+    Args:
+        title: the question that it answers.
+        columns: their names.
+        rows: a name, and a value for each column.
+        x: what the columns are.
+        words: under the chart.
+    """
+    values = [v for _, row in rows for v in row if v is not None and math.isfinite(v)]
+    if not values or not columns:
+        return ""
+    low, high = min(values), max(values)
+    left = min(170.0, 14 + 7.2 * max(len(name) for name, _ in rows))
+    wide, step = (WIDTH - left - 4) / len(columns), 20 if len(rows) > 3 else 34
+    height = 8 + step * len(rows) + (34 if x else 20)
+    body = []
+    for number, (name, row) in enumerate(rows):
+        y = 6 + number * step
+        body.append(f'<text x="{left - 6:.1f}" y="{y + step / 2 + 4:.1f}" text-anchor="end">{html.escape(name)}</text>')
+        for i, value in enumerate(row):
+            if value is None or not math.isfinite(value):
+                continue
+            share = (value - low) / ((high - low) or 1.0)
+            tip = html.escape(f"{name}, {x} {columns[i]}: {label(value)}")
+            body.append(f'<rect class="b0" x="{left + i * wide:.1f}" y="{y}" width="{wide:.2f}" height="{step - 2}" '
+                        f'fill-opacity="{0.06 + 0.94 * share:.2f}"><title>{tip}</title></rect>')  # fmt: skip
+    every = math.ceil(len(columns) / max(1, (WIDTH - left) / (7.5 * max(map(len, columns)) + 8)))
+    body += [f'<text x="{left + (i + 0.5) * wide:.1f}" y="{height - (20 if x else 6)}" text-anchor="middle">'
+             f"{html.escape(columns[i])}</text>" for i in range(0, len(columns), every)]  # fmt: skip
+    if x:
+        body.append(f'<text x="{(left + WIDTH) / 2:.1f}" y="{height - 4}" text-anchor="middle">{html.escape(x)}</text>')
+    spoken = f"{title} {len(rows)} rows, {len(columns)} columns, from {label(low)} to {label(high)}."
+    svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(spoken)}">{"".join(body)}</svg>'
+    scale = f"From {label(low)} (light) to {label(high)} (dark)."
+    return _figure(title, svg, "", f"{words} {scale}".strip())

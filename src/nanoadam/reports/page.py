@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -119,7 +118,7 @@ def render(
     title: str,
     lead: str,
     rows: Sequence[Sequence[str]],
-    drawn: Sequence[Any],
+    drawn: Sequence[str],
     manifest: dict[str, Any],
     foot: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -131,27 +130,11 @@ def render(
         title: of the page.
         lead: what was done.
         rows: of the table, its head first.
-        drawn: matplotlib's figures, or charts that are HTML already.
+        drawn: figures in HTML.
         manifest: shown under the rest.
         foot: lines under the table.
         notes: what must be known before the table is read.
         verdict: what came of it, in a sentence.
     """
-    figures = [item if isinstance(item, str) else f'<figure class="drawn">{_svg(item)}</figure>' for item in drawn]
-    blocks = [table(rows), paragraphs(foot), charts(figures), section("Setup", setup(manifest))]
+    blocks = [table(rows), paragraphs(foot), charts(drawn), section("Setup", setup(manifest))]
     return whole(title, verdict, blocks, notes, lead)
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text that can be searched and read aloud
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return inline(buffer.getvalue())
-
-
-def inline(svg: bytes) -> str:
-    """Without the XML prologue, which has no place inside HTML."""
-    text = svg.decode()
-    return text[text.index("<svg") :]

@@ -133,9 +133,9 @@ def _costs(manifest: dict[str, Any], lines: Lines) -> list[str]:
     selected.append(Series("moved, at the end", [(0, results["touched"])], "level"))
     share = draw(Chart(
         "How many weights does it work on?", selected, unit="%", zero=True,
-        words="Selected: among the smallest of their chunk, which is chosen anew now and then; selected so far counts "
-        "each weight that ever was. Moved: weights of the whole model that differ from where they began; a weight that "
-        "was selected need not move, and norms and heads move without being selected.",
+        words="Selected: those that steps move, chosen anew now and then within each chunk (of whole columns: each "
+        "layer); selected so far counts each weight that ever was. Moved: weights of the whole model that differ from "
+        "where they began; a weight that was selected need not move, and norms and heads move without being selected.",
     ))  # fmt: skip
     return [memory, share, seconds]
 

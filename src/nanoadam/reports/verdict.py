@@ -90,5 +90,7 @@ def advice(manifest: dict[str, Any]) -> list[str]:
     )
     if settings["optimizer"] == "nanoadam":
         lines.append("Less memory: --density 0.01 selects a tenth as many weights; the rate is found anew.")
+        if settings.get("granularity", "weight") == "weight":
+            lines.append("Less time: --granularity column selects whole columns, and backward computes no others.")
     lines.append("What the model forgets meanwhile: --retain FILE measures it before and after.")
     return lines

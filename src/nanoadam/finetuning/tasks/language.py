@@ -54,6 +54,7 @@ class CausalLM(Task):
         if config.label_smoothing and config.packing:
             raise ValueError("label_smoothing does not go with packing: leave out one")
         self.model = models.load_model(config)
+        self._refuse_foresight()
         self._cache = getattr(self.model.config, "use_cache", None)
         # Training needs no cache, and with one transformers takes packed rows for one that sees all of itself.
         self.model.config.use_cache = False
@@ -70,6 +71,22 @@ class CausalLM(Task):
             "loss": f"on {LEARNED[self.kind]}",
             **({"packed": f"into {len(self.train)} sequences"} if self.kind == "text" else {}),
         }
+
+    @torch.no_grad()
+    def _refuse_foresight(self) -> None:
+        """An encoder takes the place of a decoder without complaint, and learns to copy what it is to foretell."""
+        device, training = next(self.model.parameters()).device, self.model.training
+        ids = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]], device=device) % self.model.config.get_text_config().vocab_size
+        self.model.train(False)
+        try:
+            one, other = self.model(input_ids=ids).logits[:, :-1].float()
+        finally:
+            self.model.train(training)
+        if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
+            raise ValueError(
+                f"{self._config.model} is no language model: what it says of a token depends on the tokens after it, "
+                "as in BERT; name one that writes from left to right, or another --task"
+            )
 
     def _collator(self) -> Any:
         if self._config.packing:
