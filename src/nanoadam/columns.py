@@ -320,7 +320,12 @@ class _Lookup(torch.autograd.Function):
         return None, None, entries.to(ctx.dtype), None, None, None
 
 
-@torch.library.custom_op("nanoadam::row_entries", mutates_args=())
+# The schema is spelt out: torch 2.6 finds none for list[int].
+@torch.library.custom_op(
+    "nanoadam::row_entries",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor gradient, Tensor index, int[] layout) -> Tensor",
+)
 def _row_entries(ids: Tensor, gradient: Tensor, index: Tensor, layout: list[int]) -> Tensor:
     return backend(gradient.device).row_entries(Selection(index, Layout(*layout)), ids, gradient)
 
