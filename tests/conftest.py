@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Rooms of an extra that is not installed have nothing to test. noxfile.py runs the rest without each extra in turn.
 ROOMS = {
     ("typer", "rich"): ["cli", "comparing", "demo", "finetuning", "paper", "reports", "test_benchmarks.py"],
-    ("sklearn", "matplotlib", "tomli_w"): ["comparing", "demo", "finetuning", "paper", "reports"],
+    ("sklearn", "tomli_w"): ["comparing", "demo", "finetuning", "paper", "reports"],
     ("transformers", "datasets", "accelerate"): [
         "comparing", "finetuning", "paper", "test_groups.py", "test_memory.py", "test_trainer.py",
     ],
