@@ -208,7 +208,8 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
         output: Tensor = _forwards[nn.Embedding](self, input)
         return output
     assert served.selection is not None
-    layout = dataclasses.astuple(served.selection.layout)
+    cut = served.selection.layout
+    layout = (cut.lines, cut.line, cut.chunk, cut.keep, cut.keep_tail)  # torch 2.6 does not trace dataclasses.astuple
     output = _Lookup.apply(  # type: ignore[no-untyped-call]
         input, self.weight, served.leaf, served.index, self.padding_idx, layout
     )
