@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import importlib
+import importlib.util
 import os
 
 import pytest
@@ -18,6 +19,23 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker is a process of its own; more threads than cores make all of them slow.
     torch.set_num_threads(1)
+
+
+# Rooms of an extra that is not installed have nothing to test. noxfile.py runs the rest without each extra in turn.
+ROOMS = {
+    ("typer", "rich"): ["cli", "comparing", "demo", "finetuning", "paper", "reports", "test_benchmarks.py"],
+    ("sklearn", "matplotlib", "tomli_w"): ["comparing", "demo", "finetuning", "paper", "reports"],
+    ("transformers", "datasets", "accelerate", "scipy", "tqdm", "PIL", "filelock"): [
+        "comparing", "finetuning", "paper", "test_groups.py", "test_memory.py", "test_trainer.py",
+    ],
+    ("peft",): ["finetuning/test_shira.py", "test_groups.py", "test_memory.py"],
+}  # fmt: skip
+collect_ignore = [
+    path
+    for packages, paths in ROOMS.items()
+    if any(importlib.util.find_spec(package) is None for package in packages)
+    for path in paths
+]
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ LAYERS = (
     ("comparing",),
     ("finetuning",),
     ("reports",),
-    ("analysis", "baselines", "callback", "delta", "distributed"),
+    ("analysis", "baselines", "callback", "delta"),
     ("trainer",),
+    ("distributed",),
     ("memory", "optimizer"),
-    ("checks", "groups", "state"),
+    ("checks", "groups", "portable", "state"),
     ("columns", "gradients", "slots"),
     ("ops", "schedules"),
-    ("chunks", "text"),
+    ("chunks", "shards", "text"),
 )
 EXTRAS = re.compile(r"nanoadam\.(__main__|cli|demo|paper|comparing|finetuning|reports|baselines|callback)\b")
 

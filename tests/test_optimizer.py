@@ -475,7 +475,7 @@ def test_the_state_follows_a_weight_that_has_moved():
     opt = NanoAdam([parameter], density=0.1)
     parameter.sum().backward()
     slot = opt._slots[parameter]
-    slot.weight = torch.nn.Parameter(parameter.to("meta"))  # the only other device that is everywhere
+    slot.parameter = torch.nn.Parameter(parameter.to("meta"))  # the only other device that is everywhere
     [(device, [slot], _)] = by_device([slot])
     assert device.type == "meta"
     assert {name: value.device.type for name, value in slot.state.items()} == {

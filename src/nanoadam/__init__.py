@@ -20,6 +20,7 @@ __all__ = [
     "constant",
     "cosine",
     "describe",
+    "distributed",
     "for_trainer",
     "linear",
     "memory",

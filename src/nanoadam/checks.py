@@ -13,13 +13,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from nanoadam.gradients import SelectedGradient
 from nanoadam.schedules import Intervals, Schedule
+from nanoadam.shards import is_sharded_along, local, part_of
 from nanoadam.slots import is_dense, saved_layout
-
-_SHARDED: tuple[type, ...] = ()
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-
-    _SHARDED = (DTensor,)
 
 FIXED = ("dense", "state_dtype", "capturable", "granularity", "transposed")
 """Options that state is made by: they stay what they are."""
@@ -149,10 +144,16 @@ def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) ->
         if not isinstance(parameter, Tensor):
             continue  # torch refuses it
         called = f"parameter {name!r}" if name else f"parameter {i} of {where}"
-        if isinstance(parameter, _SHARDED):
+        part_of(parameter, called)
+        if options["granularity"] == "column" and is_sharded_along(parameter, 0 if options["transposed"] else 1):
+            raise ValueError(
+                f"{called} is sharded along its inputs, so no process has a whole column of it: use "
+                "granularity='weight' for it"
+            )
+        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "FlatParameter":
             raise TypeError(
-                f"{called} is a DTensor; NanoAdam does not train sharded parameters yet: "
-                "replicate them (DDP with gradient_release=False) or use another optimizer"
+                f"{called} was taken apart by DeepSpeed ZeRO-3 or FSDP1, which leave no rows to select from: shard the "
+                "model with FSDP2 (fully_shard), or use nanoadam.distributed.replicate"
             )
         if isinstance(parameter, UninitializedParameter):
             raise TypeError(f"{called} has no shape yet; run the model once before making the optimizer")
@@ -166,6 +167,19 @@ def check_parameters(parameters: Any, options: Mapping[str, Any], where: str) ->
             )
         if options["capturable"] and parameter.device.type == "cpu":
             raise ValueError(f"{called} is on the CPU; capturable=True is for CUDA graphs: use capturable=False")
+
+
+def check_flattened(before: Sequence[Tensor], group: Mapping[str, Any], where: str) -> None:
+    """Raise TypeError if the matrices of a group were replaced by flat tensors, which would be dense ones."""
+    now = group["params"]
+    if before and now and not group["dense"] and all(parameter.dim() < 2 for parameter in now):
+        known = {id(parameter) for parameter in before}
+        if not any(id(parameter) in known for parameter in now) and sum(p.numel() for p in now) > 1:
+            raise TypeError(
+                f"somebody has replaced the {len(before)} matrices of {where} by flat tensors, as DeepSpeed ZeRO-1 and "
+                "-2 do: there are no rows left to select from. Shard the model with FSDP2 (fully_shard), or use "
+                "nanoadam.distributed.replicate"
+            )
 
 
 def check_gradient(name: str, gradient: Tensor) -> None:
@@ -193,17 +207,38 @@ def check_trained(parameters: Sequence[Tensor]) -> None:
         )
 
 
-def check_exchange(gradients: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError if there are other processes and their gradients are not in the first of these."""
+def several_processes() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
+    return distributed and torch.distributed.get_world_size() > 1
+
+
+def check_exchange(gradients: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError if there are other processes and their gradients are not in the first of these.
+
+    Warn where DistributedDataParallel has brought them, which then holds every gradient whole.
+    """
+    if not several_processes():
         return
     gradient = next((gradient for gradient in gradients if gradient is not None), None)
-    if isinstance(gradient, SelectedGradient) and not gradient._box.exchanged:
+    if gradient is None:
+        return
+    exchanged = gradient._box.exchanged if isinstance(gradient, SelectedGradient) else None
+    if exchanged == "copied" or (exchanged is None and gradient.untyped_storage().nbytes() > gradient.nbytes):
+        size = sum(each.nbytes for each in gradients if each is not None)
+        warnings.warn(
+            f"DistributedDataParallel holds and sends gradients whole, {size / 1e9:.3g} GB of them for tensors that "
+            "are selected from: call nanoadam.distributed.prepare_ddp(model, optimizer) before you wrap the model, or "
+            "use nanoadam.distributed.replicate(model, optimizer) without the wrapper",
+            UserWarning,
+            stacklevel=6,
+        )
+    if exchanged == "":
         raise RuntimeError(
             f"there are {torch.distributed.get_world_size()} processes, but their gradients were not exchanged before "
-            "step(), so their models would drift apart: wrap the model in DistributedDataParallel, or, if each process "
-            "shall step on its own gradients or you exchange them yourself, use NanoAdam(local=True)"
+            "step(), so their models would drift apart: use nanoadam.distributed.replicate(model, optimizer) or wrap "
+            "the model in DistributedDataParallel; if each process shall step on its own gradients, or you exchange "
+            "them yourself, use NanoAdam(local=True)"
         )
 
 
@@ -226,7 +261,7 @@ def warn_of_unsorted(groups: Sequence[Mapping[str, Any]]) -> None:
 def check_parameter_state(name: str, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise ValueError if a parameter's state does not fit it."""
     lay = saved_layout(parameter, group)
-    each: tuple[int, ...] = tuple(parameter.shape) if lay is None else lay.shape
+    each: tuple[int, ...] = tuple(local(parameter).shape) if lay is None else lay.shape
     expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": each, "exp_avg_sq": each}
     if lay is not None:
         expected |= {"index": (lay.places,), "entry_step": (lay.places,)}
@@ -259,6 +294,8 @@ def check_state(groups: Sequence[Mapping[str, Any]], loaded: Mapping[str, Any]) 
         group = {**{key: value for key, value in ours.items() if key not in ("params", *COUNTERS)}, **saved}
         if isinstance(group["density"], Mapping):
             group["density"] = Schedule(**group["density"])
+        for option in ("state_dtype", "grad_dtype"):
+            group[option] = getattr(torch, group[option], None) if isinstance(group[option], str) else group[option]
         check_options(group, f"group {i} of the saved state")
         shapes = group.pop("shapes", None) or [parameter.shape for parameter in ours["params"]]
         for parameter, name, key, shape in zip(ours["params"], names(ours, i), saved["params"], shapes, strict=True):

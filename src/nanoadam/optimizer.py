@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from nanoadam import checks, columns
+from nanoadam import checks, columns, portable
 from nanoadam.chunks import ColumnLayout
 from nanoadam.gradients import Box, GradientRelease, SelectedGradient, gradient_bytes, is_zeroed
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot, backend, reference
 from nanoadam.ops.rounding import seed_key
 from nanoadam.schedules import Intervals, Schedule
+from nanoadam.shards import like, local
 from nanoadam.slots import by_column, by_device, empty, layout_of, make_slot
 
 
@@ -136,6 +137,7 @@ class NanoAdam(Optimizer):
         self._counts: dict[int, list[Tensor]] = {}  # for each group: the steps that its members share
         self._seen: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
         self._looked = False  # at the first gradients, whether they are what they should be
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which step() was called
         self._release = GradientRelease(self, self.release_bytes)
         self._selection_hooks: dict[int, Callable[[NanoAdam, list[Tensor]], None]] = OrderedDict()
 
@@ -192,7 +194,7 @@ class NanoAdam(Optimizer):
                 if trained and slot.selection is not None:
                     self._release.hold(parameter)
                 embedding = j < len(group.get("roles", ())) and group["roles"][j] == "embedding"
-                wanted = trained and self._releases(i) and slot.selection is not None
+                wanted = trained and self._releases(i) and slot.selection is not None and slot.part is None
                 wanted = wanted and parameter.dim() == 2 and (embedding or isinstance(slot.layout, ColumnLayout))
                 if wanted and slot.served is None:
                     slot.served = columns.serve(parameter, slot, self, group["grad_dtype"], group["keep_zeros"])
@@ -204,6 +206,7 @@ class NanoAdam(Optimizer):
         self._release.let_go(gone)
         for parameter in gone:
             columns.leave(parameter)
+            self.state.pop(parameter, None)
         self._seen = self._present()
 
     def _present(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -227,10 +230,17 @@ class NanoAdam(Optimizer):
             where = checks.label(group, i)
             checks.check_changes(group, self._seen[2][i] if i < len(self._seen[2]) else None, where)
             checks.check_parameters(group["params"], group, where)
+            if i < len(self._members):
+                checks.check_flattened([slot.parameter for slot in self._members[i][0]], group, where)
             for parameter, name in zip(group["params"], checks.names(group, i), strict=True):
                 if self.state.get(parameter):
                     checks.check_parameter_state(name, parameter, group, self.state[parameter])
         self._make_slots()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; and let go of parameters that were replaced, as accelerate replaces them by shards."""
+        self._follow()
+        super().zero_grad(set_to_none)
 
     # Algorithm 1
 
@@ -258,22 +268,28 @@ class NanoAdam(Optimizer):
         if bool(infinite):
             return loss
         inverse = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float()
-        for i, group in enumerate(self.param_groups):
-            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
+        self._select_missing()
+        for device in {s.weight.device for s in self._slots.values() if s.part is not None and s.weight.is_cuda}:
+            self._streams[device] = torch.cuda.current_stream(device)
         for i, group in enumerate(self.param_groups):
             self._update(i, inverse)
-            compiled = [s for s in self._members[i][0] if s.served is not None and s.forward_in < s.arrived_in]
+            compiled = [s for s in self._members[i][0] if _is_compiled(s)]
             group["steps"] += 1
             if compiled:  # their layers ask nobody before they compute: the coming step's selection is made now
                 self._refresh(i, compiled, overdue=any(slot.overdue for slot in compiled))
         return loss
+
+    def _select_missing(self) -> None:
+        """Select for the present step, where that is due and was not done."""
+        for i, group in enumerate(self.param_groups):
+            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
 
     def _open(self, slot: Slot, slots: Sequence[Slot]) -> None:
         """Select for the present step if that is due: for these slots of a group, which wait for it together.
 
         If a first gradient has arrived already in this step, it was thrown away since: weights may have changed.
         """
-        i = self._group_of[slot.weight]
+        i = self._group_of[slot.parameter]
         t = self.param_groups[i]["steps"]
         if slot.arrived_in == t:
             for other in slots:
@@ -283,7 +299,7 @@ class NanoAdam(Optimizer):
 
     def _before_forward(self, slot: Slot) -> None:
         """A layer is about to compute with the columns of a slot, or with those of another that shares its weight."""
-        weight, group = slot.weight, self.param_groups[self._group_of.get(slot.weight, 0)]
+        weight, group = slot.parameter, self.param_groups[self._group_of.get(slot.parameter, 0)]
         if slot.selected_for != group["steps"] or (slot.arrived_in == group["steps"] and is_zeroed(weight.grad)):
             self._follow()
             if weight not in self._slots:
@@ -311,7 +327,7 @@ class NanoAdam(Optimizer):
             if slot.selected_for != group["steps"]:  # by a compiled layer, which asked nobody
                 slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
         else:
-            waiting = [other for other in self._members[i][0] if other is slot or is_zeroed(other.weight.grad)]
+            waiting = [other for other in self._members[i][0] if other is slot or is_zeroed(other.gradient)]
             self._open(slot, [other for other in waiting if not _asks_before_forward(other)])
         slot.arrived_in = group["steps"]
         return slot, group["grad_dtype"]
@@ -322,25 +338,43 @@ class NanoAdam(Optimizer):
         t = group["steps"]
         due, without = self._is_due(group), []
         if group["criterion"] == "gradient":
-            without = [slot for slot in slots if slot.weight.grad is None]
-            slots = [slot for slot in slots if slot.weight.grad is not None]
+            without = [slot for slot in slots if slot.gradient is None]
+            slots = [slot for slot in slots if slot.gradient is not None]
         if not slots:
             return
         for slot in slots:
             slot.selected_for = t
         if due:
             group["active_density"], group["refreshed_at"] = _density(group, t), t
-            without = [s for s in without if s.layout != layout_of(s.weight, group, group["active_density"])]
+            without = [s for s in without if s.layout != layout_of(s.parameter, group, group["active_density"])]
             self._leave([*slots, *without])
             for slot in without:
                 empty(slot, group)
         elif not overdue:
             slots = [slot for slot in slots if slot.unselected]  # unfrozen since the last refresh
         gradients = [_kept(slot, group) for slot in slots]
-        self._select(slots, group)
+        with self._on_their_stream(slots):
+            self._select(slots, group)
         for slot, kept in zip(slots, gradients, strict=True):
             if kept is not None:
                 self._keep(slot, *kept)
+
+    @contextlib.contextmanager
+    def _on_their_stream(self, slots: Sequence[Slot]) -> Iterator[None]:
+        """Select from sharded parameters on the stream of step().
+
+        FSDP2 hands gradients over on a stream of its own; state that is freed there would be written over too early.
+        """
+        device = next((slot.weight.device for slot in slots if slot.part is not None), torch.device("cpu"))
+        if device.type != "cuda":
+            yield
+            return
+        now = torch.cuda.current_stream(device)
+        home = self._streams.get(device, torch.cuda.default_stream(device))
+        home.wait_stream(now)
+        with torch.cuda.stream(home):
+            yield
+        now.wait_stream(home)
 
     @staticmethod
     def _is_due(group: Mapping[str, Any]) -> bool:
@@ -366,15 +400,16 @@ class NanoAdam(Optimizer):
             step=group["steps"],
             in_place=group["capturable"],
         )
-        for device, members, _ in by_device(slots):
+        for slot in slots:
+            slot.unselected = slot.overdue = False
+            slot.version += 1
+        for device, members, _ in by_device(slots, choosing=True):
             gradients = None
             if rule.criterion == "gradient":
-                gradients = [_as_dense(slot.weight.grad) for slot in members if slot.weight.grad is not None]
-            layouts = [layout_of(slot.weight, group, _density(group, rule.step)) for slot in members]
+                gradients = [_as_dense(slot.gradient) for slot in members if slot.gradient is not None]
+            layouts = [layout_of(slot.parameter, group, _density(group, rule.step)) for slot in members]
             backend(device).select(members, layouts, rule, gradients)
             for slot in members:
-                slot.unselected = slot.overdue = False
-                slot.version += 1
                 if slot.served is not None:
                     slot.served.renew()
 
@@ -388,7 +423,7 @@ class NanoAdam(Optimizer):
             box.place(slot.selection, box.stored.copy_(before.moved_to(slot.selection)))
         else:
             box = Box(slot.selection, box.moved_to(slot.selection), slot=slot, accumulator=self._release)
-            slot.weight.grad = SelectedGradient(box, slot.weight)
+            slot.gradient = SelectedGradient(box, slot.weight)
 
     def _compact(self, boxes: Sequence[Box]) -> None:
         """Take the selected entries of gradients that have gathered in backward."""
@@ -410,16 +445,16 @@ class NanoAdam(Optimizer):
         entries: list[Any] = [None] * len(slots)
         dense: list[int] = []
         for i, slot in enumerate(slots):
-            gradient = slot.weight.grad
+            gradient = slot.gradient
             if type(gradient) is SelectedGradient:
                 assert slot.selection is not None
                 entries[i] = gradient._box.moved_to(slot.selection)
             else:
                 dense.append(i)
-                self._release.hold(slot.weight)  # if swap_tensors has taken the hook away
+                self._release.hold(slot.parameter)  # if swap_tensors has taken the hook away
         for device, members, places in by_device([slots[i] for i in dense], dense):
             found = [torch.empty(slot.layout.shape, dtype=dtype, device=device) for slot in members]
-            gradients = [slot.weight.grad for slot in members if slot.weight.grad is not None]
+            gradients = [slot.gradient for slot in members if slot.gradient is not None]
             backend(device).gather(members, gradients, found, [False] * len(found))
             for i, values in zip(places, found, strict=True):
                 entries[i] = values
@@ -429,17 +464,48 @@ class NanoAdam(Optimizer):
         """Refuse what cannot be used before anything of the step is done."""
         seen = False
         for slot in self._slots.values():
-            gradient = slot.weight.grad
+            gradient = slot.gradient
             if gradient is not None:
                 seen = True
                 if gradient.layout != torch.strided:
                     checks.check_gradient(slot.name, gradient)
         if self._looked:
             return
-        checks.check_trained([slot.weight for slot in self._slots.values()] or self._frozen)
-        if self.gradient_release and not self.local:
-            checks.check_exchange([s.weight.grad for s in self._slots.values() if s.selection is not None])
+        checks.check_trained([slot.parameter for slot in self._slots.values()] or self._frozen)
+        sharded = any(slot.part is not None for slot in self._slots.values())  # by those who exchange gradients, too
+        if self.gradient_release and not self.local and not sharded:
+            checks.check_exchange([s.gradient for s in self._slots.values() if s.selection is not None])
         self._looked = seen
+
+    # For those who exchange gradients between processes
+
+    def _select_released(self) -> None:
+        """Select for the present step before its gradients are all there; not where a compiled layer still computes."""
+        for i, group in enumerate(self.param_groups):
+            if self._releases(i):
+                missing = [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]]
+                self._refresh(i, [slot for slot in missing if not _is_compiled(slot)])
+
+    def _released(self, parameter: Tensor) -> tuple[Slot | None, torch.dtype]:
+        """The slot whose selected entries `p.grad` has after a backward, and their dtype; None where it stays dense."""
+        slot, i = self._slots.get(parameter), self._group_of.get(parameter, -1)
+        if slot is None or slot.selection is None or not self._releases(i):
+            return None, parameter.dtype
+        return slot, self.param_groups[i]["grad_dtype"]
+
+    def _put(self, slot: Slot, values: Tensor) -> None:
+        """Let these be the entries of `p.grad`, other processes' gradients among them."""
+        gradient, group = slot.gradient, self.param_groups[self._group_of[slot.parameter]]
+        assert slot.selection is not None
+        if type(gradient) is not SelectedGradient or gradient._box.selection is not slot.selection:
+            box = Box(slot.selection, dtype=group["grad_dtype"], slot=slot, accumulator=self._release)
+            gradient = slot.gradient = SelectedGradient(box, slot.weight)
+        if slot.selected_for != group["steps"]:  # as where it has arrived, from a compiled layer
+            slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
+        slot.arrived_in = group["steps"]
+        box = gradient._box
+        box.stored, box.pending = values.to(box.dtype), None
+        box.exchanged, box.zeroed = "replicas", False
 
     def _releases(self, i: int) -> bool:
         """Whether the gradients of a group's selected tensors are released; not if they decide the selection."""
@@ -448,9 +514,9 @@ class NanoAdam(Optimizer):
     def _update(self, i: int, grad_scale: float | Tensor) -> None:
         """Lines 3 and 4 of Algorithm 1."""
         group = self.param_groups[i]
-        selected, dense = ([slot for slot in some if slot.weight.grad is not None] for some in self._members[i])
+        selected, dense = ([slot for slot in some if slot.gradient is not None] for some in self._members[i])
         entries = self._entries(selected, group["grad_dtype"])
-        gradients = [slot.weight.grad for slot in dense]
+        gradients = [slot.gradient for slot in dense]
         gradients = [_as_dense(g) if type(g) is SelectedGradient else g for g in gradients]
         with self._counted([*selected, *dense], i):
             for slot in selected:
@@ -510,8 +576,8 @@ class NanoAdam(Optimizer):
     # Gradients
 
     def gradient_bytes(self) -> int:
-        """Bytes that `p.grad` takes, of all parameters; `p.grad.nbytes` says what a dense one would take."""
-        return sum(gradient_bytes(p.grad) for p in self._group_of if p.grad is not None)
+        """Bytes that `p.grad` takes on this process, of all parameters; `p.grad.nbytes` is what a dense one takes."""
+        return sum(gradient_bytes(local(p.grad)) for p in self._group_of if p.grad is not None)
 
     @torch.no_grad()
     def release(self, enabled: bool = True) -> None:
@@ -522,7 +588,7 @@ class NanoAdam(Optimizer):
             return
         self._release.flush()
         for slot in self._slots.values():
-            slot.weight.grad = None if slot.weight.grad is None else _as_dense(slot.weight.grad)
+            slot.gradient = None if slot.gradient is None else _as_dense(slot.gradient)
 
     # What is selected, and what it takes
 
@@ -530,6 +596,7 @@ class NanoAdam(Optimizer):
         """Where the weights are that the last update moved: int64, ascending, in the flattened parameter (row-major).
 
         None for a dense tensor, all of which may have moved. Not what would be selected now: see `selected`.
+        Of a sharded one, those that lie on this process.
 
         Raises:
             ValueError: if the parameter is not one of this optimizer.
@@ -540,7 +607,10 @@ class NanoAdam(Optimizer):
             return torch.empty(0, dtype=torch.int64, device=parameter.device)
         if slot.selection is None:
             return None
-        return reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0].view(-1).sort().values
+        if slot.weight.numel() == 0:
+            return torch.empty(0, dtype=torch.int64, device=parameter.device)
+        mine = reference.positions(slot.selection.index, slot.layout)[slot.selection.index >= 0].view(-1).sort().values
+        return mine if slot.part is None else slot.part.to_whole(mine)
 
     def columns(self, parameter: Tensor) -> Tensor | None:
         """The columns that the last update moved: int64, ascending; None where whole columns are not selected.
@@ -576,7 +646,7 @@ class NanoAdam(Optimizer):
 
     def _leave(self, slots: Iterable[Slot]) -> None:
         """Tell those who want to know that the selections of these are about to go."""
-        parameters = [slot.weight for slot in slots if not slot.unselected] if self._selection_hooks else []
+        parameters = [slot.parameter for slot in slots if not slot.unselected] if self._selection_hooks else []
         for hook in tuple(self._selection_hooks.values()) if parameters else ():
             hook(self, parameters)
 
@@ -588,9 +658,9 @@ class NanoAdam(Optimizer):
     def selected(self, parameter: Tensor) -> Tensor:
         """The weights that the present step updates: bool, of the parameter's shape and on its device.
 
-        All of them for a dense tensor, none for a frozen one, and none before the first step with criterion
-        "gradient". Before the first backward of a step this is the selection that it would make from the
-        present weights; asking fixes nothing.
+        Sharded as the parameter is; where its columns are selected, all processes have to ask. All of them for a dense
+        tensor, none for a frozen one, and none before the first step with criterion "gradient". Before the first
+        backward of a step this is the selection that it would make from the present weights; asking fixes nothing.
 
         Raises:
             ValueError: if the parameter is not one of this optimizer.
@@ -602,16 +672,19 @@ class NanoAdam(Optimizer):
         slot, group = self._slots[parameter], self.param_groups[self._group_of[parameter]]
         if slot.selection is None:
             return torch.ones_like(parameter, dtype=torch.bool)
+        if slot.weight.numel() == 0 and not isinstance(slot.layout, ColumnLayout):
+            return like(torch.zeros(slot.weight.shape, dtype=torch.bool, device=slot.weight.device), parameter)
         t = group["steps"]
-        stands = slot.selected_for == t and not (slot.arrived_in == t and is_zeroed(parameter.grad))
+        stands = slot.selected_for == t and not (slot.arrived_in == t and is_zeroed(slot.gradient))
         if not stands and (slot.unselected or self._is_due(group)) and group["criterion"] != "gradient":
             nothing = {name: slot.state[name].new_empty(0) for name in ("exp_avg", "exp_avg_sq")}
-            slot = Slot(parameter, nothing, slot.ordinal)
+            slot = Slot(parameter, nothing, slot.ordinal, part=slot.part)
             self._select([slot], group)
         assert slot.selection is not None
-        chosen = reference.mask(slot.selection, parameter.shape)
-        columns = isinstance(slot.layout, ColumnLayout)
-        return chosen & (parameter != 0) if columns and group["keep_zeros"] else chosen
+        chosen = reference.mask(slot.selection, slot.weight.shape)
+        if isinstance(slot.layout, ColumnLayout) and group["keep_zeros"]:
+            chosen = chosen & (slot.weight.detach() != 0)
+        return like(chosen, parameter)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -630,7 +703,7 @@ class NanoAdam(Optimizer):
                 for slot in self._members[i][0]:
                     if slot.steps - slot.restamped >= MAX_AGE // 2:
                         reference.restamp(slot)
-            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
+        self._select_missing()
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state: indices, moments, entry steps and step counts of all tensors."""
@@ -639,7 +712,10 @@ class NanoAdam(Optimizer):
     # Saving, loading, copying
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch: plain tensors and plain values, loadable with `torch.load(weights_only=True)`."""
+        """As in torch: plain tensors and plain values, loadable with `torch.load(weights_only=True)`.
+
+        Of sharded parameters DTensors, for torch.distributed.checkpoint: see portable.py.
+        """
         self._follow()
         saved = super().state_dict()
         # Tensors of the same age share their count here; whoever loads into this dict must find one for each.
@@ -648,9 +724,15 @@ class NanoAdam(Optimizer):
             for key, state in saved["state"].items()
         }
         for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+            for key, parameter in zip(group["params"], own["params"], strict=True):
+                slot = self._slots.get(parameter)
+                if slot is not None and slot.part is not None and key in saved["state"]:
+                    saved["state"][key] = portable.saved(slot, own["active_density"])
             group["shapes"] = [tuple(parameter.shape) for parameter in own["params"]]  # sizes alone do not tell
             if isinstance(group["density"], Schedule):
                 group["density"] = group["density"].to_dict()
+            for name in ("state_dtype", "grad_dtype"):  # torch's export of sharded state knows no dtypes
+                group[name] = str(group[name]).removeprefix("torch.")
         return saved
 
     @torch.no_grad()
@@ -658,7 +740,8 @@ class NanoAdam(Optimizer):
         """Go on from a saved state, bit for bit; nothing changes if it does not fit. `p.grad` stays, as in torch.
 
         Tensors are copied, except those that are this optimizer's own: accelerate's wrapper loads an optimizer's state
-        into itself, and a copy of it beside the original would be the peak of the whole run.
+        into itself, and a copy of it beside the original would be the peak of the whole run. With sharded parameters
+        all processes load together; the state may be of another number of processes, or of one that was not sharded.
 
         Raises:
             ValueError: if the state was not saved by NanoAdam for parameters of these shapes.
@@ -668,6 +751,7 @@ class NanoAdam(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        state_dict = portable.taken_up(self.param_groups, state_dict)
         groups = checks.check_state(self.param_groups, state_dict)
         own = {id(value) for slot in self._slots.values() for value in slot.state.values()}
         keys = [key for group in groups for key in group["params"]]
@@ -734,13 +818,18 @@ def _asks_before_forward(slot: Slot) -> bool:
     return slot.served is not None and slot.served.leaf is not None
 
 
+def _is_compiled(slot: Slot) -> bool:
+    """Whether a gradient came last from a layer that did not ask before: a compiled one."""
+    return slot.served is not None and slot.forward_in < slot.arrived_in
+
+
 def _as_dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if isinstance(gradient, SelectedGradient) else gradient
 
 
 def _kept(slot: Slot, group: Mapping[str, Any]) -> tuple[Box, Box] | None:
     """A gradient that the optimizer has put into `p.grad`, and where its entries are before a refresh."""
-    gradient = slot.weight.grad
+    gradient = slot.gradient
     if type(gradient) is not SelectedGradient or gradient._box.slot is not slot:
         return None
     box = gradient._box

@@ -8,14 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoadam.chunks import AnyLayout, ColumnLayout, column_layout, layout
+from nanoadam.chunks import AnyLayout, ColumnLayout, Layout, column_layout, keep_count, layout
 from nanoadam.ops import Selection, Slot
+from nanoadam.shards import local, part_of
+
+_NOTHING = Layout(lines=1, line=0, chunk=1, keep=0, keep_tail=0)
+"""Of a sharded tensor of which nothing lies on this process."""
 
 
 def by_device(
-    slots: Sequence[Slot], beside: Sequence[Any] = ()
+    slots: Sequence[Slot], beside: Sequence[Any] = (), *, choosing: bool = False
 ) -> Iterable[tuple[torch.device, Sequence[Slot], Sequence[Any]]]:
-    """Slots of each device, in their order, with their state on it, and what belongs to each of them."""
+    """Slots of each device, in their order, with their state on it, and what belongs to each of them.
+
+    Sharded tensors of which nothing lies on this process are left out; but all processes that share its columns
+    choose from them together (`choosing`).
+    """
+    empty = [slot.part is not None and 0 in slot.part.shape for slot in slots]
+    if any(empty):
+        here = [
+            i
+            for i, (slot, nothing) in enumerate(zip(slots, empty, strict=True))
+            if not nothing or (choosing and (slot.selection is None or isinstance(slot.layout, ColumnLayout)))
+        ]
+        slots, beside = [slots[i] for i in here], [beside[i] for i in here] if beside else beside
     devices = [slot.weight.device for slot in slots]
     for slot, device in zip(slots, devices, strict=True):
         if slot.state["exp_avg"].device != device:
@@ -43,7 +59,7 @@ def _follow(slot: Slot, device: torch.device) -> None:
 
 def empty(slot: Slot, group: Mapping[str, Any]) -> None:
     """Nothing selected, at the present density, and no moments."""
-    lay = layout_of(slot.weight, group, group["active_density"])
+    lay = layout_of(slot.parameter, group, group["active_density"])
     device, dtype = slot.weight.device, group["state_dtype"]
     state = {name: torch.zeros(lay.shape, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
     numbers = torch.int32 if isinstance(lay, ColumnLayout) else torch.int16
@@ -66,10 +82,17 @@ def by_column(parameter: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def layout_of(parameter: Tensor, group: Mapping[str, Any], density: float) -> AnyLayout:
-    """How a tensor of a group is selected from at some density."""
+    """How a tensor of a group is selected from at some density.
+
+    Of a sharded tensor, what lies on this process: its chunks are those of the full tensor where shards end between
+    chunks; its columns are those of the full tensor, a part of each.
+    """
+    shape = local(parameter).shape
     if by_column(parameter, group):
-        return column_layout(parameter.shape, density, transposed=group["transposed"])
-    return layout(parameter.shape, density)
+        if 0 in shape:
+            return ColumnLayout(0, shape[1], keep_count(shape[1], density), group["transposed"])
+        return column_layout(shape, density, transposed=group["transposed"])
+    return _NOTHING if 0 in shape else layout(shape, density)
 
 
 def saved_layout(parameter: Tensor, group: Mapping[str, Any]) -> AnyLayout | None:
@@ -79,14 +102,14 @@ def saved_layout(parameter: Tensor, group: Mapping[str, Any]) -> AnyLayout | Non
 
 def make_slot(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], ordinal: int, name: str) -> Slot:
     """A parameter's slot, with empty state unless it has some."""
-    slot = Slot(parameter, state, ordinal, name=name)
+    slot = Slot(parameter, state, ordinal, name=name, part=part_of(parameter, name))
     lay = saved_layout(parameter, group)
     if not state:
         device, dtype = parameter.device, group["state_dtype"]
         state["step"] = torch.zeros((), dtype=torch.float32, device=device if group["capturable"] else "cpu")
         if lay is None:
             for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+                state[moment] = torch.zeros_like(local(parameter), dtype=dtype, memory_format=torch.preserve_format)
         else:
             empty(slot, group)
     elif lay is not None:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanoadam import checks
+from nanoadam.checks import several_processes
+from nanoadam.distributed import prepare_ddp
 from nanoadam.groups import Overrides, check_head_lr, param_groups
 from nanoadam.optimizer import NanoAdam
 
@@ -34,9 +36,13 @@ class TrainerFactory:
         granularity: str = "weight",
         **options: Any,
     ) -> NanoAdam:
-        """NanoAdam on `param_groups(model)`."""
+        """NanoAdam on `param_groups(model)`. If the model is wrapped in DDP next, only selected entries travel."""
         sorting: dict[str, Any] = {"weight_decay": weight_decay, "dense": dense, "selected": selected}
-        return NanoAdam(param_groups(model, **sorting, head_lr=head_lr, granularity=granularity), **options)
+        groups = param_groups(model, **sorting, head_lr=head_lr, granularity=granularity)
+        optimizer = NanoAdam(groups, **options)
+        if several_processes() and not isinstance(model, nn.parallel.DistributedDataParallel):
+            prepare_ddp(model, optimizer)
+        return optimizer
 
 
 def for_trainer(

@@ -1,17 +1,22 @@
 """torch's DistributedDataParallel averages what is in `p.grad`, and a job that exchanges nothing is stopped."""
 
 import contextlib
+import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import processes
+from nanoadam.distributed import prepare_ddp
 from nanoadam.gradients import SelectedGradient
 from nanoadam.optimizer import NanoAdam
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    pytest.mark.timeout(400),  # the first one waits for several processes
+]
 
 OPTIONS = {"lr": 1e-2, "density": 0.25, "mask_interval": 3}
 
@@ -22,7 +27,8 @@ def network(bias):
 
 
 def batch(rank, step):
-    return torch.randn(8, 16, generator=torch.Generator().manual_seed(100 * step + rank))
+    numbers = torch.randn(8, 16, generator=torch.Generator().manual_seed(100 * step + rank), device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
 def bits(model):
@@ -49,9 +55,73 @@ def under_ddp(rank, size, bias, view):
     return ends
 
 
+def prepared(rank, size, bias):
+    """The optimizer comes first, and DDP leaves to it what is selected from."""
+    ends, sizes = [], None
+    for accumulate in (1, 2):
+        model = network(bias)
+        if rank:  # the weights of the first process go to all
+            with torch.no_grad():
+                model[0].weight.mul_(2)
+        opt = NanoAdam(model.parameters(), **OPTIONS)
+        beside = prepare_ddp(model, opt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = DistributedDataParallel(model)
+            for step in range(8):
+                for micro in range(accumulate):
+                    with contextlib.nullcontext() if micro + 1 == accumulate else wrapped.no_sync():
+                        (wrapped(batch(rank, 10 * step + micro)).square().mean() / accumulate).backward()
+                assert type(model[0].weight.grad) is SelectedGradient
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                opt.step()
+                opt.zero_grad()
+        ends.append(bits(model))
+        sizes = beside.names, [p.numel() for p in wrapped._module_parameters], beside.replica.sent_bytes
+        copied = copy.deepcopy(model)
+        copied(batch(rank, 0))
+    return ends, sizes
+
+
+def warned(rank, size):
+    """What is said, once, where DDP holds gradients whole; and where names do not fit."""
+    found = []
+    for how in ("after", "view", "named"):
+        model = network(True)
+        opt = NanoAdam(model.parameters(), **OPTIONS)
+        if how == "named":
+            prepare_ddp(model, opt)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            wrapped = DistributedDataParallel(
+                model if how != "named" else Around(model), gradient_as_bucket_view=how == "view"
+            )
+            for step in range(3):
+                wrapped(batch(rank, step)).square().mean().backward()
+                opt.step()
+                opt.zero_grad()
+        found.append([str(each.message) for each in said if "whole" in str(each.message)])
+    try:
+        prepare_ddp(wrapped, opt)
+    except TypeError as error:
+        found.append(str(error))
+    return found
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        inner_names = getattr(inner, "_ddp_params_and_buffers_to_ignore", [])
+        self._ddp_params_and_buffers_to_ignore = inner_names  # as torch.compile hands it on
+
+    def forward(self, x):
+        return self.inner(x)
+
+
 def on_one(size, bias, accumulate):
     model = network(bias)
-    opt = NanoAdam(model.parameters(), **OPTIONS)
+    opt = NanoAdam(model.parameters(), **OPTIONS, local=True)
     for step in range(8):
         for micro in range(accumulate):
             for rank in range(size):
@@ -67,27 +137,49 @@ CASES = {  # each makes two processes once: that is what takes time
     "not exchanged": (lambda *args: alone(*args), ({}, False)),
     "local": (lambda *args: alone(*args), ({"local": True}, False)),
     "not released": (lambda *args: alone(*args), ({"gradient_release": False}, False)),
+    **{("prepared", bias): (prepared, (bias,)) for bias in (True, False)},
+    "warned": (warned, ()),
     "by hand": (lambda *args: alone(*args), ({}, True)),
 }
 
 
-def every_case(rank, size):
+def on_two(rank, size):
     return {name: function(rank, size, *arguments) for name, (function, arguments) in CASES.items()}
 
 
-@pytest.fixture(scope="module")
-def ends():
-    return processes.run(2, every_case)
-
-
 @pytest.mark.parametrize(("bias", "view"), [(True, False), (False, False), (True, True)])
-def test_two_processes_under_ddp_are_one_with_both_batches(ends, bias, view):
-    first, second = (end[bias, view] for end in ends)
+def test_two_processes_under_ddp_are_one_with_both_batches(two, bias, view):
+    first, second = (end[bias, view] for end in two)
     for number, accumulate in enumerate((1, 2)):
         assert torch.equal(first[number], second[number])
         expected = on_one(2, bias, accumulate)
         if not view:  # where p.grad is dense, what is not selected counts for the norm
             torch.testing.assert_close(first[number], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_ddp_leaves_what_is_selected_from_to_replicas_beside_it(two, bias):
+    """Without biases every tensor is selected from; DDP is left the smallest."""
+    (first, sizes), (second, _) = (end["prepared", bias] for end in two)
+    for number, accumulate in enumerate((1, 2)):
+        assert torch.equal(first[number], second[number])
+        torch.testing.assert_close(first[number], on_one(2, bias, accumulate), rtol=1e-4, atol=1e-5)
+    names, left, sent = sizes
+    assert names == (["0.weight", "2.weight"] if bias else ["0.weight"])
+    assert left == ([32, 4] if bias else [128])
+    selected = 128 + 32 if bias else 128  # of 512 and 128
+    agreed = 48 + len(names)
+    assert sent == 8 * (4 * selected + agreed)
+
+
+def test_one_warning_says_what_whole_gradients_cost(two):
+    after, view, named, refused = two[0]["warned"]
+    assert len(after) == len(view) == 1
+    assert "prepare_ddp(model, optimizer) before you wrap" in after[0]
+    assert after == view
+    assert len(named) == 2  # and that names do not fit
+    assert "other names" in named[0]
+    assert "comes before" in refused
 
 
 def alone(rank, size, options, exchange):
@@ -109,19 +201,19 @@ def alone(rank, size, options, exchange):
     return said, bits(model)
 
 
-def test_gradients_that_were_not_exchanged_are_refused_unless_that_is_wanted(ends):
-    for end in ends:
+def test_gradients_that_were_not_exchanged_are_refused_unless_that_is_wanted(two):
+    for end in two:
         said, _ = end["not exchanged"]
         assert "2 processes" in said
         assert "DistributedDataParallel" in said
         assert "local=True" in said
         assert end["local"][0] is None
         assert end["not released"][0] is None
-    assert not torch.equal(ends[0]["local"][1], ends[1]["local"][1])
+    assert not torch.equal(two[0]["local"][1], two[1]["local"][1])
 
 
-def test_gradients_averaged_by_hand_are_averaged_entry_by_entry(ends):
-    (first_said, first), (second_said, second) = (end["by hand"] for end in ends)
+def test_gradients_averaged_by_hand_are_averaged_entry_by_entry(two):
+    (first_said, first), (second_said, second) = (end["by hand"] for end in two)
     assert first_said is None
     assert second_said is None
     assert torch.equal(first, second)

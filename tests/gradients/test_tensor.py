@@ -413,7 +413,7 @@ def slot_of(weight):
 def test_a_gradient_that_is_kept_never_changes_its_positions(ops, device):
     torch.manual_seed(0)
     slot = slot_of(torch.randn(30, 50))
-    slot.weight = slot.weight.to(device)
+    slot.parameter = slot.weight.to(device)
     slot.state = {name: value.to(device) for name, value in slot.state.items()}
     slot.selection = type(slot.selection)(slot.state["index"], slot.layout)
     g = gradient(chosen=slot_of(slot.weight.cpu()).selection)

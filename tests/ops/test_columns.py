@@ -99,7 +99,7 @@ def test_a_refresh_carries_what_stays_and_forgets_the_rest(ops, device, densitie
     stamps = torch.randint(60000, 70000, (120,))
     slot.state["entry_step"] = stamps[before.clamp(min=0).long()].to(torch.int16).to(device)
     weight += 0.7 * torch.randn(300, 120) * (weight != 0) * torch.rand(120)
-    slot.weight = (weight.t().contiguous() if transposed else weight).to(device)
+    slot.parameter = (weight.t().contiguous() if transposed else weight).to(device)
     lay = column_layout(slot.weight.shape, densities[1], transposed=transposed)
     ops.select([slot], [lay], rule(keep_zeros=keep_zeros, step=3), None)
     after = slot.state["index"].cpu()
@@ -135,7 +135,7 @@ def test_a_selection_in_use_keeps_its_columns(ops, device, in_use):
 
 def to_device(slot, device):
     twin = copy.copy(slot)
-    twin.weight = slot.weight.detach().clone(memory_format=torch.preserve_format).to(device)
+    twin.parameter = slot.weight.detach().clone(memory_format=torch.preserve_format).to(device)
     twin.state = {name: value.clone().to(device if name != "step" else "cpu") for name, value in slot.state.items()}
     twin.selection = Selection(twin.state["index"], slot.layout)
     twin.cache = {}

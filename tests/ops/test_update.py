@@ -22,7 +22,7 @@ def selected_slot(weight, density, state_dtype=torch.float32, ordinal=1, keep_ze
 
 def to_device(slot, device):
     twin = copy.copy(slot)
-    twin.weight = slot.weight.detach().clone(memory_format=torch.preserve_format).to(device)
+    twin.parameter = slot.weight.detach().clone(memory_format=torch.preserve_format).to(device)
     twin.state = {name: value.clone().to(device if name != "step" else "cpu") for name, value in slot.state.items()}
     if slot.selection is not None:
         twin.selection = Selection(twin.state["index"], slot.layout)

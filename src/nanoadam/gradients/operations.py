@@ -289,7 +289,7 @@ def _copy_in_place(func: Any, gradient: Any, other: Tensor, non_blocking: bool =
     box = gradient._box
     box.values.copy_(_take(gradient, other.to(gradient.device, non_blocking=non_blocking)))
     box.zeroed = False
-    box.exchanged = True  # it is how DistributedDataParallel writes back what it has averaged
+    box.exchanged = "copied"  # it is how DistributedDataParallel writes back what it has averaged
     return gradient
 
 
@@ -496,7 +496,7 @@ def _collective(func: Any, gradients: Any, *args: Any, **options: Any) -> Any:
     _, work = func(entries, *args, **options)
     for gradient in gradients:
         if type(gradient) is SelectedGradient:
-            gradient._box.exchanged, gradient._box.zeroed = True, False
+            gradient._box.exchanged, gradient._box.zeroed = "reduced", False
     return gradients, work
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoadam.gradients.tensor import Box, SelectedGradient
 from nanoadam.ops import Slot
+from nanoadam.shards import gradient_of, local, set_gradient
 
 GPU_SHARE, GPU_BYTES = 0.7, 64 * 2**20
 """Dense gradients alive together on a GPU: so much of the largest one, which has to be alive at some time anyway, and
@@ -63,9 +64,10 @@ class _Hook:
 
     def __call__(self, parameter: Tensor) -> None:
         """`p.grad` is complete now, or has been added to."""
-        gradient = parameter.grad
+        gradient = gradient_of(parameter)
         if len(self.holders) > 1 and self._is_shared(parameter):
-            parameter.grad = gradient.to_dense() if isinstance(gradient, SelectedGradient) else gradient
+            if isinstance(gradient, SelectedGradient):
+                set_gradient(parameter, gradient.to_dense())
         elif gradient is not None and not (type(gradient) is SelectedGradient and gradient._box.accumulator):
             for holder in self.alive():
                 holder.receive(parameter, gradient)
@@ -117,7 +119,7 @@ class GradientRelease:
         if self not in hook.alive():
             hook.holders = [*map(weakref.ref, hook.alive()), weakref.ref(self)]
             self.held.append(parameter)
-            self._largest = max(self._largest, parameter.nbytes)
+            self._largest = max(self._largest, local(parameter).nbytes)
 
     def let_go(self, parameters: Sequence[Tensor]) -> None:
         """Leave the gradients of these alone from now on."""
@@ -148,7 +150,8 @@ class GradientRelease:
                     box.slot, box.accumulator = slot, self
                     return
             box = Box(slot.selection, dtype=dtype, slot=slot, accumulator=self)
-            parameter.grad = SelectedGradient(box, parameter)
+            box.exchanged = "" if slot.part is None else "shards"
+            slot.gradient = SelectedGradient(box, slot.weight)
             self._gather(box, gradient.detach())
 
     def add(self, box: Box, gradient: Tensor) -> None:
@@ -158,7 +161,7 @@ class GradientRelease:
             if box.pending is not None:
                 self.flush()
             if box.zeroed and owner is not None and box.slot is not None:
-                found = owner._arrives(box.slot.weight, gradient)
+                found = owner._arrives(box.slot.parameter, gradient)
                 if found is not None and found[0].selection is not None:
                     box.slot = found[0]
                     box.place(found[0].selection, None)
@@ -184,7 +187,8 @@ class GradientRelease:
         budget = self._budget
         if budget is None:
             budget = 0 if gradient.device.type == "cpu" else min(int(GPU_SHARE * self._largest), GPU_BYTES)
-        if task == -1 or self._bytes + self._next_bytes.get(slot, self._largest) > budget:
+        # FSDP2 hands gradients over on a stream of its own, and writes over their memory soon afterwards.
+        if task == -1 or slot.part is not None or self._bytes + self._next_bytes.get(slot, self._largest) > budget:
             self.flush()
 
     def _backward_ended(self) -> None:

@@ -59,7 +59,7 @@ class Box:
         self.fill, self.slot, self.accumulator = fill, slot, accumulator
         self.pending: Tensor | None = None  # a dense gradient that is still to be added
         self.zeroed = False  # in place, and nothing was added since
-        self.exchanged = False  # other processes' gradients are in it
+        self.exchanged = ""  # how other processes' gradients have come into it
         self.place(selection, values)
 
     def place(self, selection: Selection, values: Tensor | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanoadam.chunks import AnyLayout
+from nanoadam.shards import Part, gradient_of, local, set_gradient
 
 MAX_AGE = 32768
 """Updates after which the age of a selected weight stops counting: its bias correction has long become 1."""
@@ -69,7 +70,7 @@ class Slot:
             the low 16 bits of `step` when it entered. Not for dense ones.
     """
 
-    weight: Tensor
+    parameter: Tensor
     state: dict[str, Tensor]
     ordinal: int  # which tensor of the optimizer: its own stream of random bits
     selection: Selection | None = None  # None: a dense tensor
@@ -84,6 +85,31 @@ class Slot:
     version: int = 0  # counts selections and moves
     restamped: int = 0  # the update at which entry steps were last kept from wrapping around
     cache: dict[str, Any] = field(default_factory=dict)  # for a backend's own use
+    part: Part | None = None  # what of the parameter lies on this process, if it is sharded
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter, or what of it lies on this process."""
+        return self.parameter if self.part is None else local(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """`p.grad`, or what of it lies on this process."""
+        return self.parameter.grad if self.part is None else gradient_of(self.parameter)
+
+    @gradient.setter
+    def gradient(self, gradient: Tensor | None) -> None:
+        set_gradient(self.parameter, gradient)
+
+    @property
+    def offset(self) -> int:
+        """Position of its first weight in the full tensor."""
+        return 0 if self.part is None else self.part.offset
+
+    @property
+    def reach(self) -> int:
+        """Positions that its random bits go by are below this."""
+        return self.weight.numel() + self.offset
 
     @property
     def layout(self) -> AnyLayout:

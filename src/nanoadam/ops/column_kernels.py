@@ -41,7 +41,8 @@ PARTS = tl.constexpr(20)
 SCRATCH = tl.constexpr(21)  # where its numbers begin in `scratch`
 FIRST_SUM = tl.constexpr(22)
 FIRST_CARRY = tl.constexpr(23)
-COLUMNS = tl.constexpr(24)
+OFFSET = tl.constexpr(24)  # position of its first weight in the full tensor, if this is a part
+COLUMNS = tl.constexpr(25)
 
 # And of what changes from one selection to the next.
 SOURCE = tl.constexpr(0)  # what columns go by: the weight, or a dense gradient
@@ -150,6 +151,10 @@ def update(
     weight, exp_avg, exp_avg_sq = _adam(
         weight, gradient, exp_avg, exp_avg_sq, step_size, correction2, decay, weight1, beta2, weight2, eps
     )
+    if WIDE:
+        position += tl.load(row + OFFSET)
+    else:
+        position += _number(row, OFFSET)
     first, second = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), position)
     _store(average, exp_avg, first, used, STOCHASTIC)
     _store(average_sq, exp_avg_sq, first >> 16, used, STOCHASTIC)

@@ -54,6 +54,7 @@ def row(slot: Slot, lay: ColumnLayout) -> list[int]:
         (kernels.INPUTS, lay.columns),
         (kernels.COLUMN_STRIDE, lay.outputs if lay.transposed else 1),
         (kernels.OUTPUT_STRIDE, 1 if lay.transposed else lay.columns),
+        (kernels.OFFSET, slot.offset),
     ):
         numbers[column.value] = number
     return numbers
@@ -84,7 +85,7 @@ def select(
     def kind(i: int) -> Hashable:
         slot, source = slots[i], sources[i]
         by_others = rule.keep_zeros and rule.criterion in ("random", "gradient")  # which do not see the zeros
-        if by_others or not serves(slot.weight) or not serves(source):
+        if by_others or slot.part is not None or not serves(slot.weight) or not serves(source):
             return None
         carry = rule.carry and slot.steps > 0
         return carry, source.dtype, slot.state["exp_avg"].dtype, slot.weight.numel() >= tables.WIDE_FROM
@@ -280,7 +281,7 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
 
         def kind(i: int, members: list[Slot] = members, contiguous: list[Tensor] = contiguous) -> tuple[Any, ...]:
             weight, state = members[i].weight, members[i].state["exp_avg"].dtype
-            return serves(weight), weight.dtype, state, contiguous[i].dtype, weight.numel() >= tables.WIDE_FROM
+            return serves(weight), weight.dtype, state, contiguous[i].dtype, members[i].reach >= tables.WIDE_FROM
 
         for launch in _launches("update columns", members, signature, kind):
             served, weight_type, state_type, entries_type, wide = launch.kind

@@ -87,7 +87,8 @@ ROW = tl.constexpr(14)
 SPATIAL = tl.constexpr(15)
 FIRST = tl.constexpr(16)
 GRADIENT_SPATIAL = tl.constexpr(17)
-COLUMNS = tl.constexpr(18)
+OFFSET = tl.constexpr(18)  # position of its first weight in the full tensor, if this is a part
+COLUMNS = tl.constexpr(19)
 
 
 # Where things are.
@@ -295,6 +296,7 @@ def update(
     weight, exp_avg, exp_avg_sq = _adam(
         weight, gradient, exp_avg, exp_avg_sq, step_size, correction2, decay, weight1, beta2, weight2, eps
     )
+    position += _count(row, OFFSET, WIDE)
     first, second = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), position)
     _store(average, exp_avg, first, used, STOCHASTIC)
     _store(average_sq, exp_avg_sq, first >> 16, used, STOCHASTIC)
@@ -369,6 +371,7 @@ def update_dense(
         weight, gradient, exp_avg, exp_avg_sq, step_size, correction2, decay, weight1, beta2, weight2, eps
     )
     position = _row_major(offset, _number(row, ROW), _number(row, SPATIAL), CHANNELS_LAST)
+    position += _count(row, OFFSET, WIDE)
     first, second = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), position)
     _store(average, exp_avg, first, live, STOCHASTIC)
     _store(average_sq, exp_avg_sq, first >> 16, live, STOCHASTIC)

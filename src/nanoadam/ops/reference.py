@@ -13,6 +13,7 @@ from torch import Tensor
 from nanoadam.chunks import AnyLayout, ColumnLayout, Layout
 from nanoadam.ops import MAX_AGE, Adam, Rule, Selection, Slot
 from nanoadam.ops.rounding import random_words, round_stochastically, tensor_key
+from nanoadam.shards import sum_over_rows
 
 _BITS = 24  # of a place in a chunk, or of a column's number
 _NEVER = 0x7FFFFFFF  # rank of a weight that may not be selected
@@ -73,12 +74,12 @@ def _magnitude(values: Tensor) -> Tensor:
     return bits.clamp_(max=infinity + 1)
 
 
-def _ranks(weight: Tensor, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
+def _ranks(slot: Slot, rule: Rule, gradient: Tensor | None) -> Tensor:
     """int32 [numel]: the lower, the sooner selected."""
-    values = weight.detach().reshape(-1)
+    values = slot.weight.detach().reshape(-1)
     if rule.criterion == "random":
-        key = tensor_key(rule.key, rule.step, ordinal)
-        place = torch.arange(values.numel(), device=values.device)
+        key = tensor_key(rule.key, rule.step, slot.ordinal)
+        place = torch.arange(slot.offset, slot.reach, device=values.device)
         ranks = (random_words(key, place)[0] >> 2).to(torch.int32)
     elif rule.criterion == "smallest":
         ranks = _magnitude(values)
@@ -116,11 +117,11 @@ def _first(ranks: Tensor, keep: int) -> Tensor:
     return place.masked_fill_(place == length, -1)
 
 
-def _select(weight: Tensor, layout: AnyLayout, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
+def _select(slot: Slot, layout: AnyLayout, rule: Rule, gradient: Tensor | None) -> Tensor:
     if isinstance(layout, ColumnLayout):
-        ranks = _column_ranks(weight, layout, rule, ordinal, gradient)
+        ranks = _column_ranks(slot, layout, rule, gradient)
         return _first(ranks[None], layout.keep)[0].to(torch.int32)
-    ranks = _ranks(weight, rule, ordinal, gradient).view(layout.lines, layout.line)
+    ranks = _ranks(slot, rule, gradient).view(layout.lines, layout.line)
     cut = layout.full * layout.chunk
     body = _first(ranks[:, :cut].reshape(-1, layout.chunk), layout.keep).view(layout.lines, -1)
     if layout.tail:
@@ -128,16 +129,22 @@ def _select(weight: Tensor, layout: AnyLayout, rule: Rule, ordinal: int, gradien
     return body.reshape(-1).to(torch.int16)
 
 
-def column_norms(weight: Tensor, layout: ColumnLayout) -> Tensor:
-    """float32 [columns]: sums of squares. Summed in float64, so that the order of the sum does not show."""
-    return weight.detach().double().square().sum(1 - layout.input_dim).float()
+def column_norms(values: Tensor, layout: ColumnLayout, slot: Slot | None = None) -> Tensor:
+    """float32 [columns]: sums of squares. Summed in float64, so that the order of the sum does not show.
+
+    Over the rows on all processes, if these are of a slot whose parameter is sharded: called by all of them.
+    """
+    sums = values.detach().double().square().sum(1 - layout.input_dim)
+    if slot is not None and slot.part is not None:
+        sum_over_rows(slot.parameter, sums)
+    return sums.float()
 
 
-def _column_ranks(weight: Tensor, layout: ColumnLayout, rule: Rule, ordinal: int, gradient: Tensor | None) -> Tensor:
+def _column_ranks(slot: Slot, layout: ColumnLayout, rule: Rule, gradient: Tensor | None) -> Tensor:
     """int32 [columns]: the lower, the sooner selected."""
-    norms = column_norms(weight, layout)
+    norms = column_norms(slot.weight, layout, slot)
     if rule.criterion == "random":
-        key = tensor_key(rule.key, rule.step, ordinal)
+        key = tensor_key(rule.key, rule.step, slot.ordinal)
         ranks = (random_words(key, torch.arange(layout.columns, device=norms.device))[0] >> 2).to(torch.int32)
     elif rule.criterion == "smallest":
         ranks = _magnitude(norms)
@@ -145,7 +152,7 @@ def _column_ranks(weight: Tensor, layout: ColumnLayout, rule: Rule, ordinal: int
         ranks = 0x7F800001 - _magnitude(norms)
     else:
         assert gradient is not None
-        ranks = 0x7F800001 - _magnitude(column_norms(gradient, layout))
+        ranks = 0x7F800001 - _magnitude(column_norms(gradient, layout, slot))
     return ranks.masked_fill_(norms == 0, _NEVER) if rule.keep_zeros else ranks
 
 
@@ -169,7 +176,7 @@ def _survivors(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
 
 def select(slots: Sequence[Slot], layouts: Sequence[AnyLayout], rule: Rule, gradients: Sequence[Tensor] | None) -> None:
     for i, (slot, layout) in enumerate(zip(slots, layouts, strict=True)):
-        index = _select(slot.weight, layout, rule, slot.ordinal, gradients[i] if gradients is not None else None)
+        index = _select(slot, layout, rule, gradients[i] if gradients is not None else None)
         entry_step = torch.full((layout.places if rule.carry else 1,), slot.steps, dtype=torch.int64)
         new = {"index": index, "entry_step": entry_step.to(index.device, torch.int16)}  # its low 16 bits
         if slot.steps and rule.carry and slot.selection is not None:
@@ -298,7 +305,7 @@ def update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> None
             _age(slot),
             adam,
         )
-        noise1, noise2, noise3 = _noise(slot, adam, position)
+        noise1, noise2, noise3 = _noise(slot, adam, position + slot.offset)
         state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1).masked_fill_(~held, 0))
         state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2).masked_fill_(~held, 0))
         storage[place[held]] = _store(storage, weight, noise3)[held]
@@ -317,7 +324,7 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
             adam,
         )
         position = torch.arange(gradient.numel(), device=gradient.device).view(gradient.shape)
-        noise1, noise2, noise3 = _noise(slot, adam, position)
+        noise1, noise2, noise3 = _noise(slot, adam, position + slot.offset)
         state["exp_avg"].copy_(_store(state["exp_avg"], exp_avg, noise1))
         state["exp_avg_sq"].copy_(_store(state["exp_avg_sq"], exp_avg_sq, noise2))
         slot.weight.detach().copy_(_store(slot.weight, weight, noise3))

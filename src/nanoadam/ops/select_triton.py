@@ -213,6 +213,7 @@ def _plan_selection(
             (kernels.SPATIAL, spatial(slot.weight)),
             (kernels.GRADIENT_SPATIAL, 1 if gradient is None else spatial(gradient)),
             (kernels.FIRST, first),
+            (selection.PART_OFFSET, slot.offset),
         ):
             row[column.value] = number
         rows.append(row)

@@ -45,7 +45,8 @@ NEW_INDEX = tl.constexpr(23)
 NEW_EXP_AVG = tl.constexpr(24)
 NEW_EXP_AVG_SQ = tl.constexpr(25)
 NEW_ENTRY_STEP = tl.constexpr(26)
-SELECT_COLUMNS = tl.constexpr(27)
+PART_OFFSET = tl.constexpr(27)  # position of its first weight in the full tensor
+SELECT_COLUMNS = tl.constexpr(28)
 
 # And of what changes from one selection to the next: the address of a dense gradient, and the updates so far.
 GRADIENT = tl.constexpr(0)
@@ -134,7 +135,8 @@ def _ranks(
 ):
     """int32 like `lane`: the lower, the sooner selected; NEVER where it must not be."""
     if CRITERION == 2:  # random
-        words, _ = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), start + lane)
+        position = tl.load(row + PART_OFFSET) + start + lane
+        words, _ = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), position)
         ranks = (words >> 2).to(tl.int32)
     elif CRITERION == 3:  # gradient
         slopes = _values(now, GRADIENT, row, GRADIENT_SPATIAL, start, lane, live, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED)

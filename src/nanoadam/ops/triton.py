@@ -121,6 +121,7 @@ def _row(slot: Slot) -> list[int]:
         spatial(weight),
         0,
         1,
+        slot.offset,
     ]
     slot.cache["row"] = ((slot.version, address, count), row)
     return row
@@ -180,7 +181,7 @@ def _update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> Non
                 weight.dtype,
                 state["exp_avg"].dtype,
                 gradients[place].dtype,
-                weight.numel() >= tables.WIDE_FROM,
+                members[place].reach >= tables.WIDE_FROM,
             )
 
         def row(place: int, members: list[Slot] = members) -> list[int]:
@@ -229,7 +230,7 @@ def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam)
                 weight.dtype,
                 state,
                 gradient.dtype,
-                weight.numel() >= tables.WIDE_FROM,
+                members[place].reach >= tables.WIDE_FROM,
                 aligned,
             )
 
@@ -271,6 +272,7 @@ def _dense_row(slot: Slot) -> list[int]:
         (kernels.SELECTED, weight.numel()),
         (kernels.ROW, weight.numel() // weight.shape[0] if weight.dim() else 1),
         (kernels.SPATIAL, spatial(weight)),
+        (kernels.OFFSET, slot.offset),
     ):
         numbers[column.value] = number
     return numbers
