@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -403,6 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in common.names(given.model) if name not in MODELS]
     if unknown:
         parser.error(f"--model must be some of {', '.join(MODELS)}; got {unknown[0]!r}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes processes and namespaces away again
     results: list[dict[str, Any]] = []
     data = {"benchmark": "communication", "machine": common.machine(), "settings": vars(given), "results": results}
     models = common.names(given.model)

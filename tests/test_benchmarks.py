@@ -258,3 +258,22 @@ def test_granularity_selects_within_chunks_of_the_size_asked_for():
     # At 1 % a chunk of 64 keeps one weight, so 1.6 %: more move than in the one chunk of 1,024 or 2,048.
     assert runs[64, 0.01]["touched"] > 1.2 * runs[4096, 0.01]["touched"]
     assert runs[64, 0.1]["l2_moved"] != runs[4096, 0.1]["l2_moved"]
+
+
+def test_communication_measures_replicas_beside_ddp():
+    pytest.importorskip("transformers")
+    options = ["--cpu", "--model", "tiny", "--sequence", "8", "--steps", "1", "--methods", "ddp,replicate:0.01"]
+    data = results("communication", *options)
+    ddp, replicas = data["results"]
+    assert "error" not in ddp
+    assert "error" not in replicas
+    assert ddp["sent_bytes"] == 2 * ddp["weights"]  # bfloat16
+    assert replicas["sent_bytes"] < 0.15 * ddp["sent_bytes"]  # most of it the head, which is small only in large models
+    assert replicas["state_bytes"] < ddp["state_bytes"]
+
+
+def test_communication_on_paper():
+    data = results("communication", "--paper")
+    assert len(data["paper"]) == 72
+    for row in data["paper"]:
+        assert row["replicate"] < row["ddp"] < row["fsdp"]

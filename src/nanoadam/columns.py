@@ -14,7 +14,6 @@ batch looks up; there is never one of the table's size.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import weakref
 from collections import Counter

@@ -133,7 +133,7 @@ def set_gradient(parameter: Tensor, part: Tensor | None) -> None:
 def sum_over_rows(parameter: Tensor, values: Tensor) -> Tensor:
     """Add up, in place, what processes have that hold different rows of a parameter."""
     sharded: Any = parameter
-    for dim, placement in enumerate(sharded.placements):
+    for dim, placement in enumerate(sharded.placements if isinstance(parameter, SHARDED) else ()):
         if getattr(placement, "dim", None) == 0:
             torch.distributed.all_reduce(values, group=sharded.device_mesh.get_group(dim))
     return values

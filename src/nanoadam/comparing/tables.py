@@ -98,9 +98,9 @@ def _standing(rows: Sequence[dict[str, Any]], better: bool) -> dict[str, str]:
     if not good:
         return {}
     best = max(good, key=lambda row: (1 if better else -1) * row["metric"]["mean"])
-    alone = best["metric"]["std"] is None
-    return {row["variant"]: "best" if row is best else "as good" if not alone and _level(best, row) else "behind"
-            for row in good}  # fmt: skip
+    if best["metric"]["std"] is None:  # one seed proves nothing of the others
+        return {best["variant"]: "best"}
+    return {row["variant"]: "best" if row is best else "as good" if _level(best, row) else "behind" for row in good}
 
 
 def _level(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -118,7 +118,7 @@ def lines(results: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = results["table"]
     text: list[tuple[str, ...]] = [("", *(row["variant"] for row in rows))]
     standing = _standing(rows, results["higher_is_better"])
-    if len(standing) > 1:
+    if len(rows) > 1 and standing:
         text.append(("", *(standing.get(row["variant"], "") for row in rows)))
     text.append(("learning rate (chosen)", *("none" if r["learning_rate"] is None else f"{r['learning_rate']:g}"
                                              for r in rows)))  # fmt: skip
