@@ -176,7 +176,8 @@ def compare(name: str, before: Tensor, after: Tensor) -> Entry | int:
     columns = _columns(positions, after)
     in_columns = columns.numel() * (after.numel() / after.shape[-1] * after.element_size() + 4) + _PART
     if in_columns < min(dense, sparse):
-        values = after.detach().reshape(-1, after.shape[-1])[:, columns].contiguous()
+        # As integers: older torches do not index float8.
+        values = flat(after).reshape(-1, after.shape[-1])[:, columns].contiguous().view(after.dtype)
         parts = {"values": values, "columns": columns.to(torch.int32)}
         return replace(entry, kind="columns", parts=parts, count=values.numel())
     if dense <= sparse:
