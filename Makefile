@@ -10,13 +10,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format setup clean
+.PHONY: help demo test lint format docs matrix package setup clean
 
 help:
 	@echo "make demo    three optimizers on real digit images: one table and a report (ARGS='--seeds 5')"
 	@echo "make test    all tests (ARGS='tests/test_cli.py -k version')"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff fix and format"
+	@echo "make docs    the documentation as a site, in build/site; pictures drawn anew from docs/results"
+	@echo "make matrix  the tests with each extra missing, every warning an error, other torches and Pythons (long)"
+	@echo "make package wheel and sdist: build, check, install into an empty environment"
 	@echo "make setup   .venv for development"
 	@echo "make clean   remove .venv and caches"
 
@@ -33,7 +36,27 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.nox: | $(BIN)/python
+	$(PIP) nox
+	@touch $@
+
 setup: $(VENV)/.dev
+
+# Strict: a link or an anchor that leads nowhere is an error. Needs no network.
+docs: $(VENV)/.docs
+	$(BIN)/python benchmarks/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+matrix: $(VENV)/.dev $(VENV)/.nox
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nox -s without strict versions -- $(ARGS)
+
+package: $(VENV)/.nox
+	$(BIN)/nox -s package
 
 demo: $(VENV)/.demo
 	$(BIN)/nanoadam demo $(ARGS)

@@ -43,8 +43,6 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Point links that leave the docs at those pages."""
-    if page.file.src_uri == "how-to/several-gpus.md" and (ROOT / "docs/distributed.md").exists():
-        markdown += "\nReplicas, DDP, FSDP2 and their checkpoints in full: [More than one GPU](../distributed.md).\n"
     here = PurePosixPath(page.file.src_uri).parent
     depth = len(here.parts)
     if here.parts[:1] == ("repository",):

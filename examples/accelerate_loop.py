@@ -1,8 +1,10 @@
 """NanoAdam in a loop of accelerate: accumulation, clipping, a scheduler, and a checkpoint that goes on bit for bit.
 
-Runs in a few seconds and downloads nothing: python examples/accelerate_loop.py (needs pip install 'nanoadam[finetune]')
+Runs in a few seconds and downloads nothing: python examples/accelerate_loop.py [--model NAME]
+(needs pip install 'nanoadam[finetune]')
 """
 
+import argparse
 import tempfile
 
 import torch
@@ -18,9 +20,34 @@ import nanoadam
 EPOCHS, ACCUMULATE = 4, 2
 
 
-def make_data() -> DataLoader:
-    inputs = torch.randn(512, 32, generator=torch.Generator().manual_seed(0))
-    return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(dim=1)), batch_size=32)
+class Logits(nn.Module):
+    """A classifier of transformers as a module from token ids to logits."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        from transformers import AutoModelForSequenceClassification
+
+        self.model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids).logits
+
+
+def make_rows(count: int, seed: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the first four numbers is the largest? With a model's name these are token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    if name:
+        inputs = torch.randint(4, 20, (count, 16), generator=generator)
+    else:
+        inputs = torch.randn(count, 32, generator=generator)
+    return inputs, inputs[:, :4].argmax(dim=1)
+
+
+def make_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name:
+        return Logits(name).eval()  # eval: no dropout, so that both trainings are the same
+    return nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
 
 
 def train(accelerator: Accelerator, parts: tuple, epochs: int) -> float:
@@ -39,12 +66,13 @@ def train(accelerator: Accelerator, parts: tuple, epochs: int) -> float:
     return loss.item()
 
 
-def make_parts(accelerator: Accelerator) -> tuple:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+def make_parts(accelerator: Accelerator, name: str) -> tuple:
+    model = make_model(name)
     optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), lr=1e-2, density=0.05, mask_interval=5)
     scheduler = CosineAnnealingLR(optimizer, EPOCHS * 16 // ACCUMULATE)
-    return accelerator.prepare(model, optimizer, make_data(), scheduler)
+    return accelerator.prepare(
+        model, optimizer, DataLoader(TensorDataset(*make_rows(512, 0, name)), batch_size=32), scheduler
+    )
 
 
 def make_accelerator() -> Accelerator:
@@ -53,16 +81,23 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE)
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="folder or hub id; default: a tiny one with random weights")
+    return parser.parse_args()
+
+
 def main() -> None:
+    name = parse().model
     accelerator = make_accelerator()
-    parts = make_parts(accelerator)
+    parts = make_parts(accelerator, name)
     first = train(accelerator, parts, EPOCHS // 2)
     with tempfile.TemporaryDirectory() as folder:
         accelerator.save_state(folder)
         last = train(accelerator, parts, EPOCHS - EPOCHS // 2)
 
         accelerator = make_accelerator()
-        resumed = make_parts(accelerator)
+        resumed = make_parts(accelerator, name)
         accelerator.load_state(folder)
         train(accelerator, resumed, EPOCHS - EPOCHS // 2)
 

@@ -1,27 +1,37 @@
 """LoRA adapters trained by NanoAdam: A and B are matrices that it selects from, the frozen base is left alone.
 
-Runs in a few seconds and downloads nothing: python examples/peft_lora.py (needs pip install 'nanoadam[finetune]' peft)
+Runs in a few seconds and downloads nothing: python examples/peft_lora.py [--model NAME]
+(needs pip install 'nanoadam[finetune]' peft)
 """
+
+import argparse
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import nanoadam
 
 
-def make_model() -> torch.nn.Module:
-    """Instead of LlamaForCausalLM.from_pretrained(...)."""
+def make_model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
     )
     lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
-    return get_peft_model(LlamaForCausalLM(config), lora)
+    base = AutoModelForCausalLM.from_pretrained(name) if name else LlamaForCausalLM(config)
+    return get_peft_model(base, lora)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="folder or hub id; default: a tiny one with random weights")
+    return parser.parse_args()
 
 
 def main() -> None:
-    model = make_model()
+    name = parse().model
+    model = make_model(name)
     # B starts at zero, and zeros are the smallest weights: they are selected first. keep_zeros=True would never
     # select them, and the adapters would learn nothing.
     groups = nanoadam.param_groups(model)
@@ -29,7 +39,8 @@ def main() -> None:
     print(nanoadam.describe(groups, density=0.25))
     base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
-    ids = torch.arange(64).repeat(2).unfold(0, 16, 4)[:24]  # counting: what comes next is plain
+    count = min(64, model.config.vocab_size)
+    ids = torch.arange(count).repeat(2).unfold(0, 16, 4)[:24]  # counting: what comes next is plain
     for step in range(60):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -4,10 +4,11 @@ The trainer learns to say even numbers. Another process holds a copy of the mode
 continuous batching; after each step it gets the weights that NanoAdam has moved, through a folder, and checks the hash
 of every tensor.
 
-Runs in about a minute on a CPU and downloads nothing: python examples/rl_sync.py
+Runs in about a minute on a CPU and downloads nothing: python examples/rl_sync.py [--model NAME]
 (needs pip install 'nanoadam[finetune]' trl)
 """
 
+import argparse
 import logging
 import multiprocessing
 import os
@@ -18,7 +19,17 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is new th
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 import nanoadam
 from nanoadam.delta import Recorder
@@ -30,16 +41,22 @@ LENGTH = 8
 STEPS = 30
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Instead of AutoTokenizer.from_pretrained(...): one token a word."""
+def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Without a name: one token a word."""
+    if name:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
     words = ["<pad>", "<end>", "say", *NUMBERS]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>", padding_side="left")
 
 
-def make_model() -> LlamaForCausalLM:
-    """Instead of LlamaForCausalLM.from_pretrained(...): the same weights in both processes."""
+def make_model(name: str) -> PreTrainedModel:
+    """The same weights in both processes."""
+    if name:
+        return AutoModelForCausalLM.from_pretrained(name)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=13, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
@@ -51,16 +68,21 @@ def make_model() -> LlamaForCausalLM:
 # The process that generates ---------------------------------------------------------------------------------
 
 
-def serve(folder: str, requests, answers) -> None:
+def serve(name: str, folder: str, requests, answers) -> None:
     """Answer lists of prompts, each time with the newest weights; None ends it."""
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    model = make_model().eval()
+    model, tokenizer = make_model(name).eval(), make_tokenizer(name)
     receiver = Receiver(model, FolderChannel(folder))
-    sampling = GenerationConfig(max_new_tokens=LENGTH, do_sample=True, eos_token_id=1, pad_token_id=0)
+    sampling = GenerationConfig(
+        max_new_tokens=LENGTH,
+        do_sample=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     batching = ContinuousBatchingConfig(
         page_size=16, num_blocks=128, max_batch_tokens=512, return_logprobs=True, seed=0,
         allow_block_sharing=False,  # what was cached for a prefix is of older weights
@@ -92,12 +114,19 @@ def reward(completions: list[str], **_) -> list[float]:
     return [sum(word in EVEN for word in said) / LENGTH for said in words]
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="folder or hub id; default: a tiny one with random weights")
+    return parser.parse_args()
+
+
 def main() -> None:
+    name = parse().model
     from trl import GRPOConfig, GRPOTrainer
 
     context = multiprocessing.get_context("spawn")
     requests, answers = context.SimpleQueue(), context.SimpleQueue()
-    tokenizer, model, versions = make_tokenizer(), make_model(), []
+    tokenizer, model, versions = make_tokenizer(name), make_model(name), []
     optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), lr=4e-3, density=0.05, mask_interval=5)
 
     def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
@@ -110,7 +139,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         channel = FolderChannel(f"{folder}/updates")
-        server = context.Process(target=serve, args=(f"{folder}/updates", requests, answers), daemon=True)
+        server = context.Process(target=serve, args=(name, f"{folder}/updates", requests, answers), daemon=True)
         server.start()
         sync = Sync(Sender(Recorder(model, optimizer), channel))
         trainer = GRPOTrainer(

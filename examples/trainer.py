@@ -1,12 +1,22 @@
 """NanoAdam under transformers' Trainer: its schedule, accumulation, clipping, checkpoints and logs.
 
-Runs in a few seconds and downloads nothing: python examples/trainer.py (needs pip install 'nanoadam[finetune]')
+Runs in a few seconds and downloads nothing: python examples/trainer.py [--model NAME]
+(needs pip install 'nanoadam[finetune]')
 """
 
+import argparse
 import tempfile
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 import nanoadam
 from nanoadam.callback import NanoAdamCallback
@@ -14,8 +24,9 @@ from nanoadam.callback import NanoAdamCallback
 STEPS = 80
 
 
-def make_model() -> BertForSequenceClassification:
-    """Instead of BertForSequenceClassification.from_pretrained(...)."""
+def make_model(name: str) -> PreTrainedModel:
+    if name:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=2
@@ -31,7 +42,14 @@ def make_rows(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": (row == 7).any().long()} for row in ids]
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="folder or hub id; default: a tiny one with random weights")
+    return parser.parse_args()
+
+
 def main() -> None:
+    name = parse().model
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -47,7 +65,7 @@ def main() -> None:
         )
         density = nanoadam.linear(0.10, 0.04, total_steps=STEPS, interval=20)
         trainer = Trainer(
-            make_model(),
+            make_model(name),
             arguments,
             train_dataset=make_rows(256),
             optimizer_cls_and_kwargs=nanoadam.for_trainer(args=arguments, density=density, mask_interval=10),

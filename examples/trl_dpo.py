@@ -1,14 +1,25 @@
 """NanoAdam under TRL's DPOTrainer, which takes an optimizer that is made already.
 
-Runs in a few seconds and downloads nothing: python examples/trl_dpo.py (needs pip install 'nanoadam[finetune]' trl)
+Runs in a few seconds and downloads nothing: python examples/trl_dpo.py [--model NAME]
+(needs pip install 'nanoadam[finetune]' trl)
 """
 
+import argparse
 import tempfile
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+)
 from trl import DPOConfig, DPOTrainer
 
 import nanoadam
@@ -17,16 +28,21 @@ from nanoadam.callback import NanoAdamCallback
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Instead of AutoTokenizer.from_pretrained(...): one token a word."""
+def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Without a name: one token a word."""
+    if name:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
     words = ["<pad>", "<end>", "after", "comes", *NUMBERS]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>")
 
 
-def make_model() -> LlamaForCausalLM:
-    """Instead of LlamaForCausalLM.from_pretrained(...)."""
+def make_model(name: str) -> PreTrainedModel:
+    if name:
+        return AutoModelForCausalLM.from_pretrained(name)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=14, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
@@ -35,8 +51,15 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="folder or hub id; default: a tiny one with random weights")
+    return parser.parse_args()
+
+
 def main() -> None:
-    model = make_model()  # with its adapters, if it has some: the optimizer holds what is there now
+    name = parse().model
+    model = make_model(name)  # with its adapters, if it has some: the optimizer holds what is there now
     optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), lr=1e-2, density=0.10, mask_interval=10)
     rows = [
         {
@@ -50,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             model,
-            ref_model=make_model(),
+            ref_model=make_model(name),
             args=DPOConfig(
                 folder,
                 max_steps=30,
@@ -63,7 +86,7 @@ def main() -> None:
                 bf16=False,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=make_tokenizer(),
+            processing_class=make_tokenizer(name),
             optimizers=(optimizer, None),
             callbacks=[NanoAdamCallback()],
         )

@@ -1,4 +1,4 @@
-"""What the code blocks of the docs are given: tiny models and data in place of a reader's own. Made in the block's folder."""
+"""What the code blocks of the docs are given: tiny models and data, made in the block's folder, for a reader's own."""
 
 from __future__ import annotations
 
@@ -66,8 +66,12 @@ def arguments(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> An
 
 
 @standin
-def training_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> Any:
-    return arguments(folder, monkeypatch, given)
+def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> Any:
+    from transformers import Trainer
+
+    given["model"] = model(folder, monkeypatch, given)
+    made = arguments(folder, monkeypatch, given)
+    return Trainer(given["model"], made, train_dataset=rows(folder, monkeypatch, given))  # type: ignore[arg-type]
 
 
 @standin
@@ -190,6 +194,72 @@ def pair_of_models(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) 
     moved.save_pretrained(folder / "finetuned-model")
     tiny.tokenizer().save_pretrained(folder / "finetuned-model")
     given["model"] = AutoModelForCausalLM.from_pretrained(base)
+
+
+@standin
+def base_of_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> None:
+    """A classifier under the name org/base-model."""
+    tiny.bert().save_pretrained(folder / "org" / "base-model")
+    tiny.tokenizer().save_pretrained(folder / "org" / "base-model")
+
+
+@standin
+def two_patches(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> None:
+    """Patches law and medicine of one model, requests that name them, and something that answers."""
+    from dataclasses import dataclass
+
+    from nanoadam import delta
+
+    pair_of_models(folder, monkeypatch, given)
+    for name in ("law", "medicine"):
+        delta.diff("base-model", "finetuned-model", out=f"{name}.safetensors")
+
+    @dataclass
+    class Request:
+        finetune: str
+
+    given["waiting"] = [Request(name) for name in ("law", "medicine", "law")]
+    given["answer"] = lambda model, requests: len(requests)
+
+
+@standin
+def finished_run(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> None:
+    """A finetune, as RUN and as runs/first; two models before and after one."""
+    from nanoadam import cli
+
+    tiny.bert_folder(folder / "bert-base")
+    tiny.jsonl(folder / "train.jsonl", tiny.sentences(48))
+    words = "finetune --model bert-base --train train.jsonl --max-steps 3 --learning-rate 1e-3 --out RUN --json"
+    assert cli.main(words.split()) == 0
+    (folder / "runs").mkdir()
+    (folder / "runs" / "first").symlink_to(folder / "RUN")
+    (folder / "my-finetune").symlink_to(folder / "RUN" / "model")
+
+
+@standin
+def new_rows(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> None:
+    found = tiny.sentences(8, first=100)
+    (folder / "new.csv").write_text("text\n" + "".join(f"{row['text']}\n" for row in found))
+    (folder / "test.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in found))
+
+
+@standin
+def for_analysis(folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> None:
+    """A weight and its gradient, before and after, an optimizer that has made a step, two folders of models."""
+    import nanoadam
+
+    pair_of_models(folder, monkeypatch, given)
+    (folder / "base").symlink_to(folder / "base-model")
+    (folder / "finetuned").symlink_to(folder / "finetuned-model")
+    given["model"] = model(folder, monkeypatch, given)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("weight", "gradient", "before", "after"):
+        given[name] = torch.randn(64, 64, generator=generator)
+    given["batches"] = [batch(folder, monkeypatch, given)]
+    trained = model(folder, monkeypatch, given)
+    given["optimizer"] = nanoadam.NanoAdam(nanoadam.param_groups(trained), lr=1e-3)
+    trained(**given["batches"][0]).loss.backward()
+    given["optimizer"].step()
 
 
 def give(names: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, given: Given) -> None:

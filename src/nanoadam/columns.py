@@ -14,7 +14,6 @@ batch looks up; there is never one of the table's size.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import weakref
 from collections import Counter
@@ -208,7 +207,8 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
         output: Tensor = _forwards[nn.Embedding](self, input)
         return output
     assert served.selection is not None
-    layout = dataclasses.astuple(served.selection.layout)
+    cut = served.selection.layout
+    layout = (cut.lines, cut.line, cut.chunk, cut.keep, cut.keep_tail)  # torch 2.6 does not trace dataclasses.astuple
     output = _Lookup.apply(  # type: ignore[no-untyped-call]
         input, self.weight, served.leaf, served.index, self.padding_idx, layout
     )
@@ -320,7 +320,12 @@ class _Lookup(torch.autograd.Function):
         return None, None, entries.to(ctx.dtype), None, None, None
 
 
-@torch.library.custom_op("nanoadam::row_entries", mutates_args=())
+# The schema is spelt out: torch 2.6 finds none for list[int].
+@torch.library.custom_op(
+    "nanoadam::row_entries",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor gradient, Tensor index, int[] layout) -> Tensor",
+)
 def _row_entries(ids: Tensor, gradient: Tensor, index: Tensor, layout: list[int]) -> Tensor:
     return backend(gradient.device).row_entries(Selection(index, Layout(*layout)), ids, gradient)
 

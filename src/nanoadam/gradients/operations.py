@@ -120,10 +120,10 @@ def _is_pointwise(func: Any) -> bool:
         return False
     if torch.Tag.pointwise in func.tags:
         return True
-    functional = getattr(aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    return torch.Tag.inplace in func.tags and torch.Tag.pointwise in getattr(
-        getattr(functional, func._overloadname, None), "tags", ()
-    )
+    name = func._schema.name.removeprefix("aten::")  # torch.Tag.inplace is newer than torch 2.9
+    in_place = name.endswith("_") and [place for place, _ in _written(func)] == [0]
+    functional = getattr(aten, name.removesuffix("_"), None)
+    return in_place and torch.Tag.pointwise in getattr(getattr(functional, func._overloadname, None), "tags", ())
 
 
 def _dense(value: Any) -> Tensor:
