@@ -27,7 +27,13 @@ CHECKED_ONLY = {
     "docs/delta-format.md": "tests/delta/test_format_document.py runs the reader",
     "docs/distributed.md": "several processes; tests/distributed runs them",
 }
-LONG_LINES = {"docs/design.md", "docs/finetune.md", "docs/distributed.md", "docs/results/columns.md", "docs/results/distributed.md"}  # not yet
+LONG_LINES = {
+    "docs/design.md",
+    "docs/finetune.md",
+    "docs/distributed.md",
+    "docs/results/columns.md",
+    "docs/results/distributed.md",
+}  # not yet
 SHELL = {"sh", "bash", "console", ""}
 
 

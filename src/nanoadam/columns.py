@@ -208,6 +208,7 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
         return output
     assert served.selection is not None
     cut = served.selection.layout
+    assert isinstance(cut, Layout)
     layout = (cut.lines, cut.line, cut.chunk, cut.keep, cut.keep_tail)  # torch 2.6 does not trace dataclasses.astuple
     output = _Lookup.apply(  # type: ignore[no-untyped-call]
         input, self.weight, served.leaf, served.index, self.padding_idx, layout
