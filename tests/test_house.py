@@ -2,6 +2,8 @@
 
 import graphlib
 import re
+import subprocess
+from pathlib import Path
 
 import grimp
 import pytest
@@ -23,6 +25,7 @@ LAYERS = (
     ("ops", "schedules"),
     ("chunks", "shards", "text"),
 )
+ROOT = Path(__file__).parents[1]
 EXTRAS = re.compile(r"nanoadam\.(__main__|cli|demo|paper|comparing|finetuning|reports|baselines|callback)\b")
 
 
@@ -73,3 +76,12 @@ def test_the_core_imports_torch_and_safetensors_only(imports: grimp.ImportGraph)
     }
     wrong = {pair for pair in used if pair[1] not in allowed | sys.stdlib_module_names}
     assert wrong <= {("nanoadam.memory", "transformers")}
+
+
+def test_no_file_holds_the_marks_of_an_unfinished_merge():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    texts = [ROOT / name for name in files if Path(name).suffix in (".md", ".py", ".toml", ".yml", ".txt")]
+    assert [str(path) for path in texts if path.is_file() and any(mark in path.read_text() for mark in marks)] == []

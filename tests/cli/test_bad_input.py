@@ -129,14 +129,15 @@ def test_a_parameter_without_a_shape_yet_is_named():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_a_sharded_parameter_is_refused_by_name():
+def test_a_parameter_whose_parts_nobody_can_place_is_refused_by_name():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        sharded = torch.nn.Parameter(distribute_tensor(torch.randn(4, 30), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        with pytest.raises(TypeError, match="'body.w' is a DTensor"):
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = torch.nn.Parameter(distribute_tensor(torch.randn(4, 3, 6), mesh, [Shard(2)]))
+        with pytest.raises(TypeError, match="'body.w' is placed as .*Shard.dim=2.*: redistribute it"):
             NanoAdam([("body.w", sharded)])
     finally:
         torch.distributed.destroy_process_group()
