@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs matrix package setup clean
+.PHONY: help demo test test-all lint format docs matrix package setup clean
 
 help:
 	@echo "make demo    three optimizers on real digit images: one table and a report (ARGS='--seeds 5')"
-	@echo "make test    all tests (ARGS='tests/test_cli.py -k version')"
+	@echo "make test    the tests (ARGS='tests/test_cli.py -k version')"
+	@echo "make test-all  and those that take more than ten seconds each"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff fix and format"
 	@echo "make docs    the documentation as a site, in build/site; pictures drawn anew from docs/results"
@@ -62,6 +63,9 @@ demo: $(VENV)/.demo
 	$(BIN)/nanoadam demo $(ARGS)
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.dev

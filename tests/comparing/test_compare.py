@@ -143,6 +143,7 @@ def test_the_results_are_the_same_whatever_the_number_of_jobs(job: dict[str, obj
     assert not any("at once" in line[0] for line in tables.lines(one))
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_was(
     whole: Path, job: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +481,7 @@ def test_a_full_disk_is_one_sentence_and_what_is_finished_is_kept(
     assert len(json.loads((out / "manifest.json").read_text())["results"]["runs"]) == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_there_is_no_terminal(tmp_path: Path) -> None:
     options = {
         "model": tiny.bert_folder(tmp_path / "bert"), "train": tiny.jsonl(tmp_path / "rows", tiny.sentences(8)).rename(

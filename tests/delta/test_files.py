@@ -59,6 +59,7 @@ def refused(path, base, **options):
 # Damage
 
 
+@pytest.mark.slow
 def test_each_of_10_000_flipped_bits_is_found(saved):
     base, _, path = saved
     content, picker = bytearray(path.read_bytes()), random.Random(0)
@@ -191,6 +192,7 @@ def fuzzed(content, picker):
     return bytes(damaged)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_10_000_fuzzed_files_make_no_crash(saved):
     """Half of them with the seal left unread, so that everything behind it has to stand on its own."""
@@ -351,6 +353,7 @@ for _ in range(100):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_kill_leaves_the_old_file_or_the_new_one_100_times(tmp_path):
     path = tmp_path / "patch.safetensors"

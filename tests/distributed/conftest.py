@@ -73,3 +73,11 @@ def two(request, all_of_two):
 def four(request, all_of_four):
     """And from each of four."""
     return _mine(request, all_of_four)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Four processes on two cores are slow."""
+    for item in items:
+        if "all_of_four" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)

@@ -255,6 +255,7 @@ def test_two_replicas_are_one_process_with_both_batches(two, name):
     torch.testing.assert_close(first, on_one(2, name), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_four_replicas_are_one_process_with_four_batches(four):
     ends = [end["equal"][0] for end in four]
     assert all(torch.equal(ends[0], end) for end in ends)

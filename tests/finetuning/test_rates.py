@@ -58,6 +58,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
             "max_steps": 240, "log_every": 80, "eval_every": 240, "save_every": 240}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_found_its_rate_is_the_run_that_was_given_it(job: dict[str, object], tmp_path: Path) -> None:
     said: list[str] = []
     results = finetune.run(Config(**job), tmp_path / "found", lambda line: said.extend(line.get("about", ())))

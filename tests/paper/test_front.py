@@ -230,6 +230,7 @@ def test_the_table_takes_the_runs_of_one_condition(lines: list[dict[str, Any]]) 
     assert [row["method"] for row in front.table(lines, "trained", None, (0.0, 0.0))] == ["NanoAdam"]
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_in_processes_of_their_own(lines: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     part = front.Part(("NanoAdam",), start="AdamW", norms="frozen", seeds=(0,))
     again = front.run(experiment(folder, parts=(part,)), tmp_path / "lines.jsonl", tmp_path / "starts", processes=2)
