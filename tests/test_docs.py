@@ -27,10 +27,6 @@ CHECKED_ONLY = {
     "docs/delta-format.md": "tests/delta/test_format_document.py runs the reader",
     "docs/distributed.md": "several processes; tests/distributed runs them",
 }
-# Written before lines were kept short.
-LONG_LINES = {
-    f"docs/{name}.md" for name in ("design", "finetune", "distributed", "results/columns", "results/distributed")
-}
 SHELL = {"sh", "bash", "console", ""}
 
 
@@ -95,7 +91,7 @@ def test_lines_of_text_are_short() -> None:
             in_code ^= line.lstrip().startswith("```")
             if len(line) > 120 and not in_code and not free.match(line):
                 long.append(f"{page.relative_to(ROOT).as_posix()}:{number}")
-    assert not [place for place in long if place.partition(":")[0] not in LONG_LINES]
+    assert long == []
 
 
 def test_release_files_agree() -> None:
