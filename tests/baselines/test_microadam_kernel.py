@@ -28,7 +28,7 @@ def run(backend, monkeypatch, device, shapes, dtype, steps=4, ties=False, **opti
     return [parameter.detach() for parameter in parameters], [optimizer.state[parameter] for parameter in parameters]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [

@@ -46,7 +46,7 @@ def starts_of_entries(settings):
     return torch.tensor(starts)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 def test_window_and_error_are_the_authors_bit_for_bit(recorded, backend, device, monkeypatch):
     if backend == "triton":
         pytest.importorskip("nanoadam.ops.triton", exc_type=ImportError)

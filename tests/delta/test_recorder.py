@@ -54,7 +54,7 @@ def step(model, optimizer, i):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("every", [1, 5, 37])
 def test_200_steps(dtype, every):
     model = Tiny(dtype)

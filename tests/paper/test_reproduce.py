@@ -143,7 +143,10 @@ def test_local_files_stand_in_for_the_hub(tmp_path: Path) -> None:
 # From end to end ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("learning-rate", "forgetting") else n for n in EXPERIMENTS],
+)
 def test_smoke_runs_from_end_to_end(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert cli.main(command(name, out, "--scale", "smoke", "--json")) == 0
