@@ -1,6 +1,7 @@
 """What the command prints and where, and the exit code it ends with."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +216,15 @@ def test_importing_the_library_needs_no_extra() -> None:
         f"import sys; sys.modules.update(dict.fromkeys({extras})); import nanoadam; print(nanoadam.__version__)"
     )
     assert (done.returncode, done.stdout) == (0, f"{nanoadam.__version__}\n"), done.stderr
+
+
+def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    from nanoadam.cli.options import new_folder
+
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for _ in range(3):
+        found.append(new_folder("analyze"))
+        found[-1].mkdir(parents=True)
+    assert len(set(found)) == 3
+    assert all(re.fullmatch(r"analyze-\d{8}-\d{6}(-\d)?", folder.name) for folder in found)

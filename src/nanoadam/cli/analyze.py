@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nanoadam.cli.options import EXTRAS, Json, config_options, need
+from nanoadam.cli.options import EXTRAS, Json, config_options, need, new_folder
 from nanoadam.cli.show import counting, print_rows, stdout
 from nanoadam.finetuning.config import FIELDS, Config
 
@@ -56,7 +55,7 @@ def analyze(
     from nanoadam.finetuning import analyze as lab
     from nanoadam.finetuning import folders
 
-    folder = out or Path("runs") / f"analyze-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or new_folder("analyze")
     if folder.exists():
         folders.prepare_folder(folder)
     with counting("reading", silent=as_json) as tell:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from nanoadam.cli.options import EXTRAS, ConfigFile, Json, config_options, listed, need
+from nanoadam.cli.options import EXTRAS, ConfigFile, Json, config_options, listed, need, new_folder
 from nanoadam.cli.show import counting, stdout
 from nanoadam.finetuning.config import read
 
@@ -78,7 +77,7 @@ def compare(
     if seeds is not None:
         chosen["seeds"] = listed("seeds", seeds, int)
     comparison = None if resume is not None else lab.made(chosen)
-    folder = resume or out or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = resume or out or new_folder("compare")
     with counting("reading model and data", silent=as_json) as tell:
         if comparison is None:
             results = lab.resume(folder, tell, jobs)

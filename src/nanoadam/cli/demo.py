@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from nanoadam.cli.options import DEMO_EXTRA, Json, need
+from nanoadam.cli.options import DEMO_EXTRA, Json, need, new_folder
 from nanoadam.cli.show import counting, stdout
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def demo(
     from nanoadam.demo.folder import write_folder
     from nanoadam.finetuning import folders
 
-    out = out or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    out = out or new_folder("demo")
     folders.prepare_folder(out)
     with counting("starting", silent=as_json) as tell:
         result = lab.run(lab.Settings(seeds=tuple(range(seeds))), tell)

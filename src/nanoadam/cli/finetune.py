@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nanoadam.cli.options import EXTRAS, ConfigFile, Json, config_options, need
+from nanoadam.cli.options import EXTRAS, ConfigFile, Json, config_options, need, new_folder
 from nanoadam.cli.show import print_rows, stdout, training_progress
 from nanoadam.finetuning.config import Config, read
 from nanoadam.text import size
@@ -50,7 +49,7 @@ def finetune(
     from nanoadam.finetuning import run as single
 
     single.quiet()
-    folder = resume or out or Path("runs") / f"finetune-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = resume or out or new_folder("finetune")
     with training_progress(silent=as_json) as tell:
         results = single.resume(folder, tell, keys) if settings is None else single.run(settings, folder, tell)
     if as_json:

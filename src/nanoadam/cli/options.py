@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -93,3 +95,10 @@ def listed(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
     except ValueError:
         flag = "--" + name.replace("_", "-")
         raise ValueError(f"{flag} must be numbers separated by commas, got {text!r}") from None
+
+
+def new_folder(name: str) -> Path:
+    """Where a command writes if nobody says: under runs/, by its name and the time; not where anything is."""
+    stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    names = (stem if again < 2 else f"{stem}-{again}" for again in itertools.count(1))
+    return next(folder for each in names if not (folder := Path("runs") / each).exists())

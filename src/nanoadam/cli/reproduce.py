@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nanoadam.cli.options import EXTRAS, Json, listed, need
+from nanoadam.cli.options import EXTRAS, Json, listed, need, new_folder
 from nanoadam.cli.show import counting, print_rows, stdout
 
 EXAMPLE = "Example: nanoadam reproduce forgetting --scale small --model mobilenet --data vision --out runs/first"
@@ -70,7 +69,7 @@ def reproduce(
     chosen = None if name is None else recipes.load(name, scale or "full")
     if chosen is not None and only is not None:
         chosen = chosen.only(listed("only", only, str))
-    folder = resume or out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = resume or out or new_folder(str(name))
     with counting("reading model and data", silent=as_json) as tell:
         if chosen is None:
             results = lab.resume(folder, jobs=jobs, progress=tell)
