@@ -18,7 +18,6 @@ import json
 import lzma
 import math
 import os
-import queue
 import statistics
 import time
 from collections.abc import Sequence
@@ -350,21 +349,7 @@ def _weighted(job: Job, model: Any, optimizer: nanoadam.NanoAdam) -> None:
 
 def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> None:
     """What a process does: runs until there are none or the time is over."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    device = rates.share_gpu()
-    known: dict[str, Job] = {}
-    while time.time() < deadline:
-        try:
-            run = jobs.get(timeout=2)
-        except queue.Empty:
-            break
-        try:
-            if run.task not in known:
-                known[run.task] = Job(Path(folder), model, run.task, device)
-            results.put((run.name, tune(known[run.task], run)))
-        except Exception as error:  # the others are to go on
-            results.put((run.name, {**dataclasses.asdict(run), "model": model, "error": repr(error)}))
-    results.put(None)
+    rates.work_through(folder, model, jobs, results, deadline, Job, tune)
 
 
 # Fronts ---------------------------------------------------------------------------------------------------

@@ -553,11 +553,24 @@ def share_gpu() -> Any:
 
 def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> None:
     """What a process does: runs until there are none or the time is over."""
+    work_through(folder, model, jobs, results, deadline, Task, lambda task, run: do(task, run, deadline))
+
+
+def work_through(
+    folder: str,
+    model: str,
+    jobs: Any,
+    results: Any,
+    deadline: float,
+    kind: Callable[..., Any],
+    work: Callable[[Any, Any], Any],
+) -> None:
+    """Take runs while there are some and there is time; a `kind` of task is made once, `work` gives a run's line."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device = share_gpu()
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, Any] = {}
     while time.time() < deadline:
         try:
             run = jobs.get(timeout=2)
@@ -565,8 +578,8 @@ def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> 
             break
         try:
             if run.task not in tasks:
-                tasks[run.task] = Task(Path(folder), model, run.task, device)
-            results.put((run.name, do(tasks[run.task], run, deadline)))
+                tasks[run.task] = kind(Path(folder), model, run.task, device)
+            results.put((run.name, work(tasks[run.task], run)))
         except Exception as error:  # the others are to go on
             results.put((run.name, {**dataclasses.asdict(run), "model": model, "error": repr(error)}))
     results.put(None)
