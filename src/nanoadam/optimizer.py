@@ -326,7 +326,7 @@ class NanoAdam(Optimizer):
                 slot.served.in_vain = True
             if slot.selected_for != group["steps"]:  # by a compiled layer, which asked nobody
                 slot.selected_for, slot.overdue = group["steps"], slot.overdue or self._is_due(group)
-        else:
+        elif slot.selected_for != group["steps"] or slot.arrived_in == group["steps"]:
             waiting = [other for other in self._members[i][0] if other is slot or is_zeroed(other.gradient)]
             self._open(slot, [other for other in waiting if not _asks_before_forward(other)])
         slot.arrived_in = group["steps"]

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 
+from nanoadam import ops
 from nanoadam.chunks import layout
 from nanoadam.gradients import SelectedGradient, release
 from nanoadam.optimizer import NanoAdam
@@ -923,3 +924,22 @@ def test_an_interrupted_step_can_be_repeated_and_counts_once(monkeypatch):
             assert opt.state[b]["step"] == 1
             results.append(b.detach().clone())
     assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_a_step_looks_at_each_gradient_a_few_times_however_many_there_are(monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        ops.Slot, "gradient", property(lambda slot: looked.append(slot) or slot.parameter.grad, ops.Slot.gradient.fset)
+    )
+
+    def looks(layers):
+        model = torch.nn.Sequential(*(torch.nn.Linear(6, 6, bias=False) for _ in range(layers)))
+        opt = NanoAdam([{"params": model.parameters()}], lr=1e-3, density=0.2, mask_interval=100)
+        for _ in range(3):
+            looked.clear()
+            model(torch.randn(2, 6)).sum().backward()
+            opt.step()
+            opt.zero_grad()
+        return len(looked)
+
+    assert looks(40) <= 5 * looks(10)
