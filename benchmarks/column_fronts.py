@@ -41,13 +41,14 @@ PARTS = (0.5, 0.75, 1.0)
 class Rule:
     """A way to finetune; of NanoAdam's, which weights are selected and when."""
 
-    kind: str = "nanoadam"  # or adamw, or one of PEFT's
+    kind: str = "nanoadam"  # or adamw, masked (AdamW on a mixture of columns and single weights), or one of PEFT's
     granularity: str = "column"
     density: tuple[float, float] = (0.1, 0.1)
     criterion: str = "smallest"
     once: bool = False  # chosen at the start and not again
     rows: str = ""  # parts of the names of matrices whose rows are selected, "all" for each
     inputs: bool = False  # norms weighted by the layer's mean input
+    depth: tuple[float, float] | None = None  # densities of the first layer and of the last
     rates: tuple[float, ...] = ()
 
 
@@ -55,53 +56,64 @@ def column(rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3), **options: Any) -> Rul
     return Rule(rates=rates, **options)
 
 
+def weight(*rates: float, **options: Any) -> Rule:
+    return Rule(granularity="weight", rates=rates, **options)
+
+
+FOUR = (3e-4, 1e-3, 3e-3, 1e-2)
 LLAMA: dict[str, Rule] = {
-    "adamw": Rule("adamw", rates=(1e-4, 3e-4, 1e-3, 3e-3)),
-    "lora r=32": Rule("lora", rates=(1e-3, 3e-3, 1e-2)),
-    "weights 10->4 %": Rule(granularity="weight", density=(0.1, 0.04), rates=(1e-3, 3e-3, 1e-2)),
-    "columns 10 %": column((1e-3, 3e-3, 1e-2)),
-    "columns 10 %, once": column((1e-3, 3e-3, 1e-2), once=True),
-    "columns 10 %, random": column((1e-3, 3e-3, 1e-2), criterion="random"),
-    "columns 10 %, random, once": column((1e-3, 3e-3, 1e-2), criterion="random", once=True),
-    "columns 10 %, largest": column((1e-3, 3e-3, 1e-2), criterion="largest"),
-    "columns 10 %, largest, once": column((1e-3, 3e-3, 1e-2), criterion="largest", once=True),
-    "columns 10 %, inputs smallest, once": column((1e-3, 3e-3, 1e-2), inputs=True, once=True),
-    "columns 10 %, inputs largest, once": column((1e-3, 3e-3, 1e-2), inputs=True, once=True, criterion="largest"),
-    "rows 10 %": column((1e-3, 3e-3, 1e-2), rows="all"),
-    "rows and columns coupled 10 %": column((1e-3, 3e-3, 1e-2), rows="q_proj k_proj v_proj gate_proj up_proj"),
-    "columns 25 %": column((3e-4, 1e-3, 3e-3, 1e-2), density=(0.25, 0.25)),
-    "columns 10->4 %": column((1e-3, 3e-3, 1e-2), density=(0.1, 0.04)),
-    "columns 5 %": column((1e-3, 3e-3, 1e-2), density=(0.05, 0.05)),
-    "columns 2 %": column((3e-3, 1e-2, 3e-2), density=(0.02, 0.02)),
-    "weights 10 %": Rule(granularity="weight", rates=(1e-3, 3e-3, 1e-2)),
-    "weights 1 %": Rule(granularity="weight", density=(0.01, 0.01), rates=(3e-3, 1e-2, 3e-2)),
-    "shira r=32": Rule("shira", rates=(3e-3, 1e-2, 3e-2)),
-    "supertuning 10 %, smallest": Rule("supertuning", rates=(1e-3, 3e-3, 1e-2)),
-    "oft": Rule("oft", rates=(1e-3, 3e-3, 1e-2)),
+    "adamw": Rule("adamw", rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "lora r=32": Rule("lora", rates=(3e-4, 1e-3, 3e-3, 1e-2)),
+    "columns 10 %, largest": column((*FOUR, 3e-2), criterion="largest"),
+    "columns 10 %, largest, once": column((*FOUR, 3e-2), criterion="largest", once=True),
+    "weights 10->4 %": weight(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, density=(0.1, 0.04)),
+    "weights 10 %": weight(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "columns 10 %": column(FOUR),
+    "columns 10 %, random, once": column((*FOUR, 3e-2), criterion="random", once=True),
+    "columns 10 %, largest, + weights 1 %, once": Rule("masked", criterion="largest", rates=(*FOUR, 3e-2), once=True),
+    "columns 5 to 15 % by depth, largest, once": column(FOUR, criterion="largest", once=True, depth=(0.05, 0.15)),
+    "columns 15 to 5 % by depth, largest, once": column(FOUR, criterion="largest", once=True, depth=(0.15, 0.05)),
+    "weights 1 %": weight(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, density=(0.01, 0.01)),
+    "shira r=32": Rule("shira", rates=(1e-3, 3e-3, 1e-2, 3e-2)),
+    "supertuning 10 %, smallest": Rule("supertuning", rates=FOUR),
+    "oft": Rule("oft", rates=(3e-4, 1e-3, 3e-3, 1e-2)),
+    "columns 10 %, once": column((1e-3, 3e-3, 1e-2, 3e-2), once=True),
+    "columns 10 %, random": column(FOUR, criterion="random"),
+    "columns 25 %": column(FOUR, density=(0.25, 0.25)),
+    "columns 25 %, largest, once": column(FOUR, density=(0.25, 0.25), criterion="largest", once=True),
+    "columns 10 %, inputs smallest, once": column((*FOUR, 3e-2), inputs=True, once=True),
+    "columns 10 %, inputs largest, once": column((*FOUR, 3e-2), inputs=True, once=True, criterion="largest"),
+    "rows 10 %": column(FOUR, rows="all"),
+    "rows and columns coupled 10 %": column(FOUR, rows="q_proj k_proj v_proj gate_proj up_proj"),
+    "columns 10->4 %": column(FOUR, density=(0.1, 0.04)),
+    "columns 5 %": column((1e-3, 3e-3, 1e-2, 3e-2), density=(0.05, 0.05)),
+    "columns 2 %": column((1e-3, 3e-3, 1e-2, 3e-2), density=(0.02, 0.02)),
 }
 MINILM: dict[str, Rule] = {
-    "adamw": Rule("adamw", rates=(2e-5, 5e-5, 1e-4, 2e-4)),
-    "lora r=32": Rule("lora", rates=(1e-4, 3e-4, 1e-3)),
-    "weights 10->4 %": Rule(granularity="weight", density=(0.1, 0.04), rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3)),
+    "adamw": Rule("adamw", rates=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4)),
+    "lora r=32": Rule("lora", rates=(3e-5, 1e-4, 3e-4, 1e-3)),
+    "weights 10->4 %": weight(1.5e-4, 3e-4, 6e-4, 1.2e-3, density=(0.1, 0.04)),
+    "columns 10 %, largest": column((1e-4, 3e-4, 6e-4, 1.2e-3), criterion="largest"),
+    "columns 10 %, largest, once": column((1e-4, 3e-4, 6e-4, 1.2e-3), criterion="largest", once=True),
     "columns 10 %": column((1e-4, 3e-4, 6e-4, 1.2e-3)),
+    "columns 10 %, random, once": column((1e-4, 3e-4, 6e-4, 1.2e-3), criterion="random", once=True),
+    "weights 10 %": weight(1.5e-4, 3e-4, 6e-4, 1.2e-3),
+    "weights 1 %": weight(6e-4, 1.2e-3, 2.4e-3, 4.8e-3, density=(0.01, 0.01)),
+    "shira r=32": Rule("shira", rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3)),
+    "supertuning 10 %, smallest": Rule("supertuning", rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3)),
+    "oft": Rule("oft", rates=(1e-4, 3e-4, 1e-3, 3e-3)),
     "columns 10 %, once": column((1e-4, 3e-4, 6e-4, 1.2e-3), once=True),
     "columns 10 %, random": column((1e-4, 3e-4, 6e-4), criterion="random"),
-    "columns 10 %, random, once": column((1e-4, 3e-4, 6e-4), criterion="random", once=True),
-    "columns 10 %, largest": column((1e-4, 3e-4, 6e-4), criterion="largest"),
-    "columns 10 %, largest, once": column((1e-4, 3e-4, 6e-4), criterion="largest", once=True),
     "columns 10 %, inputs smallest, once": column((1e-4, 3e-4, 6e-4), inputs=True, once=True),
     "rows 10 %": column((1e-4, 3e-4, 6e-4), rows="all"),
     "columns 25 %": column((1e-4, 3e-4, 6e-4), density=(0.25, 0.25)),
     "columns 2 %": column((3e-4, 6e-4, 1.2e-3), density=(0.02, 0.02)),
-    "weights 10 %": Rule(granularity="weight", rates=(1.5e-4, 3e-4, 6e-4)),
-    "weights 1 %": Rule(granularity="weight", density=(0.01, 0.01), rates=(6e-4, 1.2e-3, 2.4e-3)),
-    "shira r=32": Rule("shira", rates=(6e-4, 1.2e-3, 2.4e-3)),
-    "supertuning 10 %, smallest": Rule("supertuning", rates=(1.5e-4, 3e-4, 6e-4)),
-    "oft": Rule("oft", rates=(3e-4, 1e-3, 3e-3)),
 }
 EPOCHS = {"gsm8k": 1, "cola": 3, "sst2": 2}
 TASKS = {"llama": ("gsm8k",), "minilm": ("cola", "sst2")}
 RULES = {"llama": LLAMA, "minilm": MINILM}
+FIRST = {"llama": 15, "minilm": 12}
+"""How many of the rules come first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +131,15 @@ class Run:
 
 
 def plan(model: str, seeds: Sequence[int]) -> list[Run]:
-    """All rules at one seed, then the next."""
-    return [
-        Run(task, name, rate, seed)
+    """The rules that are compared first at all seeds, then the others."""
+    found = [
+        (number >= FIRST[model], seed, Run(task, name, rate, seed))
         for seed in seeds
-        for name, rule in RULES[model].items()
+        for number, (name, rule) in enumerate(RULES[model].items())
         for task in TASKS[model]
         for rate in rule.rates
     ]
+    return [run for *_, run in sorted(found, key=lambda each: each[:2])]
 
 
 # Data, once, where the sources are ------------------------------------------------------------------------
@@ -257,13 +270,41 @@ def _prepared(job: Job, model: Any, rule: Rule, run: Run, steps: int, per_epoch:
     if rule.kind == "nanoadam":
         optimizer = _nanoadam(job, model, rule, run, steps, per_epoch, head)
         return model, optimizer
-    if rule.kind != "adamw":
+    if rule.kind == "masked":
+        _mask(model, rule)
+    elif rule.kind != "adamw":
         model = _adapted(model, rule, job.kind)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     heads = [p for name, p in trainable if head and "classifier" in name]
     body = [p for name, p in trainable if not (head and "classifier" in name)]
     groups = [{"params": body}, *([{"params": heads, "lr": head}] if heads else [])]
     return model, torch.optim.AdamW(groups, lr=run.lr, weight_decay=0.0, fused=fused)
+
+
+@torch.no_grad()
+def _mask(model: Any, rule: Rule) -> None:
+    """Let AdamW see gradients of whole columns and of the smallest 1 % of the other weights alone, for all matrices."""
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or "classifier" in name or name == "lm_head":
+            continue
+        weight = module.weight
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        count = max(1, round(rule.density[0] * weight.shape[1]))
+        if isinstance(module, nn.Linear):
+            norms = weight.square().sum(0)
+            mask[:, norms.topk(count, largest=rule.criterion == "largest").indices] = True
+        else:  # an embedding has no columns: single weights, as the column rules do there
+            mask.view(-1)[
+                weight.abs().view(-1).topk(round(rule.density[0] * weight.numel()), largest=False).indices
+            ] = True
+        rest = weight.abs().masked_fill(mask, torch.inf).view(-1)
+        mask.view(-1)[rest.topk(round(0.01 * weight.numel()), largest=False).indices] = True
+
+        def hide(parameter: Tensor, mask: Tensor = mask) -> None:
+            assert parameter.grad is not None
+            parameter.grad.mul_(mask)
+
+        weight.register_post_accumulate_grad_hook(hide)
 
 
 def _adapted(model: Any, rule: Rule, kind: str) -> Any:
@@ -288,6 +329,8 @@ def _nanoadam(
     groups = nanoadam.param_groups(model, head_lr=head, granularity=rule.granularity)
     if rule.rows:
         groups = _with_rows(model, groups, rule.rows)
+    if rule.depth:
+        groups = _by_depth(model, groups, *rule.depth)
     intervals = nanoadam.recommended_intervals(per_epoch)
     start, end = rule.density
     shape = nanoadam.linear(start, end, total_steps=steps, interval=intervals.density_interval)
@@ -320,6 +363,27 @@ def _with_rows(model: Any, groups: list[dict[str, Any]], names: str) -> list[dic
             if members:
                 found.append({**group, **{key: [group[key][i] for i in members] for key in listed}})
                 found[-1]["transposed"] = transposed
+    return found
+
+
+def _by_depth(model: Any, groups: list[dict[str, Any]], first: float, last: float) -> list[dict[str, Any]]:
+    """A density for each layer, on a straight line."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers = model.config.num_hidden_layers
+
+    def density(parameter: Tensor) -> float | None:
+        numbers = [int(part) for part in names[id(parameter)].split(".") if part.isdigit()]
+        return first + (last - first) * numbers[0] / (layers - 1) if numbers else None
+
+    found = []
+    for group in groups:
+        each = [None if group.get("dense") else density(p) for p in group["params"]]
+        listed = [key for key, value in group.items() if isinstance(value, list) and len(value) == len(group["params"])]
+        for wanted in dict.fromkeys(each):
+            mine = [i for i, value in enumerate(each) if value == wanted]
+            found.append({**group, **{key: [group[key][i] for i in mine] for key in listed}})
+            if wanted is not None:
+                found[-1]["density"] = wanted
     return found
 
 
@@ -441,7 +505,9 @@ def main() -> None:
     running.add_argument("--jobs", type=int, default=14)
     running.add_argument("--seconds", type=float, default=280)
     running.add_argument("--seeds", default="0,1,2")
-    running.add_argument("--only", help="a word that a run's name must hold")
+    running.add_argument("--only", help="words, separated by semicolons, one of which a run's name must hold")
+    running.add_argument("--without", help="words that it must not hold")
+    running.add_argument("--done", type=Path, nargs="*", default=[], help="files with runs that are not made again")
     running.add_argument("--out", type=Path, required=True)
     showing = commands.add_parser("show")
     showing.add_argument("files", nargs="+", type=Path)
@@ -454,9 +520,15 @@ def main() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
 
+        lines = [json.loads(text) for file in arguments.done for text in file.read_text().splitlines()]
+        done = {Run(line["task"], line["rule"], line["lr"], line["seed"]) for line in lines if "error" not in line}
+
+        def holds(run: Run, words: str | None) -> bool:
+            return any(word in run.name for word in (words or "").split(";") if word)
+
         def chosen(model: str) -> list[Any]:
-            runs = plan(model, seeds)
-            return [run for run in runs if not arguments.only or arguments.only in run.name]
+            runs = [run for run in plan(model, seeds) if run not in done and not holds(run, arguments.without)]
+            return [run for run in runs if not arguments.only or holds(run, arguments.only)]
 
         rates.shared_run(arguments, chosen, serve)
 

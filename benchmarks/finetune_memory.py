@@ -91,10 +91,25 @@ def _bert(layers: int, hidden: int) -> Callable[[], nn.Module]:
     return make
 
 
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_labels=2,
+        attn_implementation="sdpa",
+    )
+    return ViTForImageClassification(config)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "tiny": _llama(vocab_size=128, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4),
     "bert-base": _bert(12, 768),
     "bert-large": _bert(24, 1024),
+    "vit-large": _vit,
     "opt-1.3b": _opt,
     "llama-3.2-3b": _llama(
         vocab_size=128256,
@@ -127,9 +142,12 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, checkpointing:
 
 
 def batch_of(model: nn.Module, name: str, size: int, sequence: int, device: torch.device) -> dict[str, Tensor]:
-    """Random tokens; the tokens themselves as labels for language models, classes for the others."""
-    tokens = torch.randint(5, model.config.vocab_size, (size, sequence), device=device)
+    """Random tokens or pixels; the tokens themselves as labels for language models, classes for the others."""
     classes = torch.randint(2, (size,), device=device)
+    if name.startswith("vit"):
+        pixels = torch.randn(size, 3, 224, 224, device=device, dtype=next(model.parameters()).dtype)
+        return {"pixel_values": pixels, "labels": classes}
+    tokens = torch.randint(5, model.config.vocab_size, (size, sequence), device=device)
     return {"input_ids": tokens, "labels": classes if name.startswith("bert") else tokens}
 
 
@@ -275,6 +293,11 @@ def run(method: Method, options: argparse.Namespace) -> dict[str, Any]:
         kinds["rest at peak"] = after_peak - empty - known
     if options.profile:
         found["kernels_ms"] = kernel_times(iteration, device)
+    if options.timeline:
+        loss = model(**batch).loss
+        found["backward"] = backward_kernels(loss, device)
+        loss = loss.detach()
+        optimizer.zero_grad()
     found["finite"] = math.isfinite(loss.item())
     found["loss"] = loss.item() if found["finite"] else None
     found["ms"] = statistics.median(times)
@@ -296,24 +319,42 @@ KERNELS = {
 """What a kernel is for, by parts of its name; the first that fits."""
 
 
-def kernel_times(iteration: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Milliseconds of the device in one iteration, by what they are for; ours are Triton's."""
+def profiled(work: Callable[[], Any], device: torch.device) -> list[tuple[str, float, float]]:
+    """What the device did: what each kernel is for (ours are Triton's), when it began and how long it took, in us."""
     from torch.profiler import ProfilerActivity, profile
 
     from nanoadam.ops import column_kernels, kernels, selection
 
+    torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        iteration()
+        work()
         torch.cuda.synchronize(device)
     ours = {name for module in (column_kernels, kernels, selection) for name in vars(module)}
-    times: dict[str, float] = {}
+    events = []
     for event in found.events():
         if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
             continue
         kinds = (kind for kind, parts in KERNELS.items() if any(part in event.name for part in parts))
         kind = "NanoAdam" if event.name in ours else next(kinds, "elementwise and the rest")
-        times[kind] = times.get(kind, 0.0) + event.device_time_total / 1000
+        events.append((kind, event.time_range.start, event.device_time_total))
+    return sorted(events, key=lambda event: event[1])
+
+
+def kernel_times(iteration: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Milliseconds of the device in one iteration, by what they are for."""
+    times: dict[str, float] = {}
+    for kind, _, duration in profiled(iteration, device):
+        times[kind] = times.get(kind, 0.0) + duration / 1000
     return times
+
+
+def backward_kernels(loss: Tensor, device: torch.device, layers: int = 16) -> dict[str, Any]:
+    """The kernels of one backward: in all, and one by one from its middle on, for one part of so many."""
+    events = profiled(loss.backward, device)
+    begin, end = events[0][1], max(start + duration for _, start, duration in events)
+    first, last = begin + (end - begin) / 2, begin + (end - begin) * (0.5 + 1 / layers)
+    shown = [(kind, round(start - first, 1), round(us, 1)) for kind, start, us in events if first <= start < last]
+    return {"us": round(end - begin, 1), "shown_us": round(last - first, 1), "kernels": shown}
 
 
 def render(results: list[dict[str, Any]], skipped: dict[str, str], options: argparse.Namespace) -> str:
@@ -395,14 +436,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     add("--max-grad-norm", type=float, help="clip by torch's clip_grad_norm_ (default: no clipping)")
     add("--release-bytes", type=int, help="dense gradients that are compacted together (default: NanoAdam's)")
     add("--profile", action="store_true", help="say what the device's time goes to in one iteration more")
+    add("--timeline", action="store_true", help="keep the kernels of a part of one backward, for a picture")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--json", metavar="FILE", help='write the results there; "-" for stdout')
     options = parser.parse_args(arguments)
     for name in ("batch", "sequence", "steps", "warmup", "mask_interval"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.profile and not options.device.startswith("cuda"):
-        parser.error("--profile is for GPUs")
+    if (options.profile or options.timeline) and not options.device.startswith("cuda"):
+        parser.error("--profile and --timeline are for GPUs")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU here: pass --device cpu")
     return parser, options
