@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import nanoadam
-from nanoadam.gradients import Box, SelectedGradient
+from nanoadam.gradients import Box, SelectedGradient, gather
 from nanoadam.state import state_bytes as state_bytes
 from nanoadam.text import align
 
@@ -256,7 +256,7 @@ def take(optimizer: nanoadam.NanoAdam, pairs: Sequence[tuple[Tensor, Tensor]]) -
         box.pending = gradient
         parameter.grad = SelectedGradient(box, parameter)
         boxes.append(box)
-    optimizer._compact(boxes)
+    gather.compact(boxes)
 
 
 def drop(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

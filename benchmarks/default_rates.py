@@ -14,19 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import json
-import lzma
-import multiprocessing
 import os
-import queue
 import random
-import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from default_data import SPLITS, prepare
+from shared_runs import shared_run, work_through
 
 EPOCHS, BATCH, WARMUP = 3.0, 16, 0.05
 
@@ -123,161 +120,6 @@ def grids(model: str) -> list[Run]:
     return runs
 
 
-# Data, once, where the sources are ------------------------------------------------------------------------
-
-
-def prepare(shared: Path, minilm: Path, out: Path) -> None:
-    """Everything that `run` reads, in few bytes."""
-    for name in ("minilm", "llama", "mobilenet"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-    _copy_model(minilm, out / "minilm")
-    _copy_model(shared / "docs_llama_23m", out / "llama")
-    _texts(shared, out / "minilm", minilm)
-    _completions(shared, out / "llama")
-    _images(shared, out / "mobilenet")
-
-
-def _copy_model(source: Path, out: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    half = torch.bfloat16 if "llama" in str(source) else torch.float16
-    config, state = (source / "config.json").read_text(), load_file(source / "model.safetensors")
-    kept = {name: t.to(half) if t.is_floating_point() else t for name, t in state.items() if "position_ids" not in name}
-    save_file(kept, out / "model.safetensors")
-    (out / "config.json").write_text(config)
-
-
-def _texts(shared: Path, out: Path, model: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    with tarfile.open(shared / "glue" / "glue_cola_sst2.tar.xz") as glue:
-        lines = {m: glue.extractfile(m).read().decode().splitlines() for m in glue.getnames() if m.endswith(".tsv")}
-    rows = {
-        "cola": [[(r.split("\t")[3], None, int(r.split("\t")[1])) for r in lines[f"CoLA/{s}.tsv"]] for s in _SPLITS],
-        "sst2": [
-            [(r.split("\t")[0], None, int(r.split("\t")[1])) for r in lines[f"SST-2/{s}.tsv"][1:]] for s in _SPLITS
-        ],
-        "boolq": [
-            [(_question(row["instruction"]), None, int(row["answer"] == "true")) for row in _adapters(shared, name)]
-            for name in ("dataset/boolq/train.json", "dataset/boolq/test.json")
-        ],
-        "obqa-pairs": [_pairs(_adapters(shared, f"dataset/openbookqa/{s}.json")) for s in ("train", "test")],
-    }
-    for task, splits in rows.items():
-        arrays: dict[str, Any] = {}
-        for split, found in zip(_SPLITS, splits, strict=True):
-            firsts, seconds = [r[0] for r in found], [r[1] for r in found]
-            encoded = tokenizer(firsts, seconds if seconds[0] is not None else None, truncation=True, max_length=128)
-            arrays |= _packed(split, encoded["input_ids"], [r[2] for r in found])
-            if seconds[0] is not None:
-                arrays[f"{split}_second"] = np.array([ids.index(1) for ids in encoded["token_type_ids"]], np.int16)
-        np.savez_compressed(out / f"{task}.npz", **arrays)
-
-
-_SPLITS = ("train", "dev")
-
-
-def _adapters(shared: Path, name: str) -> list[dict[str, str]]:
-    with tarfile.open(shared / "llm_adapters" / "llm_adapters_data.tar.xz") as tar:
-        found: list[dict[str, str]] = json.loads(tar.extractfile(name).read())
-    return found
-
-
-def _question(instruction: str) -> str:
-    return instruction.split("question:", 1)[1].split("\n")[0].strip()
-
-
-def _pairs(rows: list[dict[str, str]]) -> list[tuple[str, str, int]]:
-    """A question with its right answer or one of the three wrong ones, in turn."""
-    found = []
-    for number, row in enumerate(rows):
-        question, choices = row["instruction"].split("question: ", 1)[1].split("\n\nAnswer1: ", 1)
-        texts = choices.split("\n\n")[0].replace("Answer2: ", "|").replace("Answer3: ", "|").replace("Answer4: ", "|")
-        options = [text.strip() for text in texts.split("|")]
-        right = int(row["answer"][-1]) - 1
-        shown = right if number % 2 else (right + 1 + number // 2 % (len(options) - 1)) % len(options)
-        found.append((question.strip(), options[shown], int(shown == right)))
-    return found
-
-
-def _completions(shared: Path, out: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(shared / "docs_llama_23m")
-
-    def gsm(split: str) -> list[tuple[str, str]]:
-        text = lzma.decompress((shared / "gsm8k" / f"{split}.jsonl.xz").read_bytes()).decode()
-        return [(row["question"], row["answer"]) for row in map(json.loads, text.splitlines())]
-
-    def adapters(name: str) -> list[tuple[str, str]]:
-        return [(row["instruction"], row["output"]) for row in _adapters(shared, name)]
-
-    math = adapters("ft-training_set/math_data.json")
-    random.Random(0).shuffle(math)
-    rows = {
-        "gsm8k": (gsm("train"), gsm("test")[:640]),
-        "math": (math[400:], math[:400]),
-        "obqa": (adapters("dataset/openbookqa/train.json"), adapters("dataset/openbookqa/test.json")),
-    }
-    for task, splits in rows.items():
-        arrays: dict[str, Any] = {}
-        for split, found in zip(_SPLITS, splits, strict=True):
-            ids, starts = [], []
-            for prompt, answer in found:
-                head = [tokenizer.bos_token_id] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-                tail = tokenizer(" " + answer.lstrip(), add_special_tokens=False)["input_ids"]
-                ids.append((head + tail + [tokenizer.eos_token_id])[:512])
-                starts.append(len(head))
-            arrays |= _packed(split, ids, starts)
-        np.savez_compressed(out / f"{task}.npz", **arrays)
-
-
-def _packed(split: str, ids: Sequence[Sequence[int]], labels: Sequence[int]) -> dict[str, Any]:
-    ends = np.cumsum([len(row) for row in ids])
-    return {
-        f"{split}_ids": np.concatenate([np.asarray(row, np.uint16) for row in ids]),
-        f"{split}_ends": ends.astype(np.int32),
-        f"{split}_labels": np.asarray(labels, np.int16),
-    }
-
-
-def _images(shared: Path, out: Path) -> None:
-    from PIL import Image
-    from vision_files import SIZE, convert_model, decode
-
-    convert_model(shared / "mobilenet_v1_075_imagenet" / "mobilenet_v1_075_224_imagenet.npz", out)
-    _copy_model(out, out)
-    cifar = np.load(shared / "cifar10_jpeg" / "cifar10_full_jpegbytes.npz", allow_pickle=False)
-    arrays: dict[str, Any] = {}
-    for split, name, count in (("train", "train", 2_500), ("dev", "test", 1_000)):
-        chosen = random.Random(0).sample(range(len(cifar[f"{name}_y"])), count)
-        off, joined = cifar[f"{name}_off"], cifar[f"{name}_jpeg"]
-        files = [joined[off[i] : off[i + 1]] for i in chosen]
-        arrays |= _jpegs(split, files, cifar[f"{name}_y"][chosen])
-    np.savez(out / "cifar10.npz", **arrays)
-    arrays, found = {}, {"train": [], "test": []}
-    with tarfile.open(shared / "flowers12" / "flowers12_224_jpg.tar") as tar:
-        for member in sorted(tar.getmembers(), key=lambda m: m.name):
-            if member.isfile() and member.name.endswith(".jpg"):
-                split, species = Path(member.name).parts[-3:-1]
-                small = io.BytesIO()
-                pixels = Image.fromarray(decode(tar.extractfile(member).read())).resize((SIZE, SIZE))
-                pixels.save(small, format="jpeg", quality=92)
-                found[split].append((species, np.frombuffer(small.getvalue(), np.uint8)))
-    names = sorted({species for species, _ in found["train"]})
-    for split, name in (("train", "train"), ("dev", "test")):
-        arrays |= _jpegs(split, [f for _, f in found[name]], np.array([names.index(s) for s, _ in found[name]]))
-    np.savez(out / "flowers12.npz", **arrays)
-
-
-def _jpegs(split: str, files: Sequence[Any], labels: Any) -> dict[str, Any]:
-    ends = np.cumsum([len(file) for file in files])
-    return {f"{split}_jpeg": np.concatenate(files), f"{split}_ends": ends.astype(np.int64),
-            f"{split}_labels": np.asarray(labels, np.int16)}  # fmt: skip
-
-
 # One run --------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +132,7 @@ class Task:
         self.kind, self.name, self.device, self.folder = model, task, device, folder / model
         arrays = dict(np.load(folder / model / f"{task}.npz"))
         self.splits = {}
-        for split in _SPLITS:
+        for split in SPLITS:
             labels = torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64))
             if model == "mobilenet":
                 rows: Any = self._pixels(arrays, split)
@@ -536,53 +378,9 @@ def train(
     return model, losses, evaluations
 
 
-JOBS = "NANOADAM_BENCHMARK_JOBS"
-"""The variable that tells a process how many share its GPU."""
-
-
-def share_gpu() -> Any:
-    """The device; of a GPU's memory this process takes its part and no more."""
-    import torch
-
-    torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_per_process_memory_fraction(0.93 / int(os.environ.get(JOBS, "1")))
-    return torch.device("cuda")
-
-
 def serve(folder: str, model: str, jobs: Any, results: Any, deadline: float) -> None:
     """What a process does: runs until there are none or the time is over."""
     work_through(folder, model, jobs, results, deadline, Task, lambda task, run: do(task, run, deadline))
-
-
-def work_through(
-    folder: str,
-    model: str,
-    jobs: Any,
-    results: Any,
-    deadline: float,
-    kind: Callable[..., Any],
-    work: Callable[[Any, Any], Any],
-) -> None:
-    """Take runs while there are some and there is time; a `kind` of task is made once, `work` gives a run's line."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device = share_gpu()
-    tasks: dict[str, Any] = {}
-    while time.time() < deadline:
-        try:
-            run = jobs.get(timeout=2)
-        except queue.Empty:
-            break
-        try:
-            if run.task not in tasks:
-                tasks[run.task] = kind(Path(folder), model, run.task, device)
-            results.put((run.name, work(tasks[run.task], run)))
-        except Exception as error:  # the others are to go on
-            results.put((run.name, {**dataclasses.asdict(run), "model": model, "error": repr(error)}))
-    results.put(None)
 
 
 def main() -> None:
@@ -612,52 +410,6 @@ def main() -> None:
         return [run for run in runs if not arguments.tasks or run.task in arguments.tasks.split(",")]
 
     shared_run(arguments, chosen, serve)
-
-
-def shared_run(arguments: Any, chosen: Callable[[str], Sequence[Any]], target: Callable[..., None]) -> None:
-    """The runs of each model in turn, in processes that share a GPU; `target` is what each process does."""
-    deadline = time.time() + arguments.seconds
-    models = arguments.models.split(",")
-    for number, model in enumerate(models):
-        until = deadline - (deadline - time.time()) * (len(models) - number - 1) / (len(models) - number)
-        runs = chosen(model)
-        left = _many(arguments, model, runs, until, target)
-        print(f"{model}: {len(runs) - left} of {len(runs)} runs done", flush=True)
-
-
-def _many(arguments: Any, model: str, runs: Sequence[Any], until: float, target: Callable[..., None]) -> int:
-    os.environ[JOBS] = str(arguments.jobs)
-    context = multiprocessing.get_context("spawn")
-    jobs, results = context.Queue(), context.Queue()
-    for run in runs:
-        jobs.put(run)
-    workers = [
-        context.Process(target=target, args=(str(arguments.data), model, jobs, results, until), daemon=True)
-        for _ in range(arguments.jobs)
-    ]
-    for worker in workers:
-        worker.start()
-    ended, done = 0, 0
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a") as file:
-        while ended < len(workers) and time.time() < until + 20:
-            try:
-                found = results.get(timeout=5)
-            except queue.Empty:
-                if not any(worker.is_alive() for worker in workers):
-                    break
-                continue
-            if found is None:
-                ended += 1
-            elif found[1] is not None:
-                file.write(json.dumps(found[1]) + "\n")
-                file.flush()
-                done += 1
-                if "error" in found[1] or done % 25 == 0:
-                    print(done, found[0], found[1].get("error", ""), found[1].get("final"), flush=True)
-    for worker in workers:
-        worker.terminate()
-    return len(runs) - done
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ LAYERS = (
     ("trainer",),
     ("distributed",),
     ("memory", "optimizer"),
+    ("slot_optimizer",),
     ("checks", "groups", "portable", "state"),
-    ("columns", "gradients", "slots"),
+    ("columns", "gradients", "refresh", "slots"),
     ("ops", "schedules"),
     ("chunks", "shards", "text"),
 )

@@ -58,10 +58,11 @@ def parameters(function: Any) -> str:
 
 
 def lines_of_class(path: str, cls: type) -> Iterator[str]:
-    """The constructor, and the public methods and properties that the class defines itself."""
+    """The constructor, and the public methods and properties that the class has from us."""
     if not issubclass(cls, BaseException) and not getattr(cls, "_is_protocol", False):  # nobody calls these
         yield path + parameters(cls)
-    for name, value in sorted(vars(cls).items()):
+    ours = {name: value for base in reversed(own_and_unlisted(cls)) for name, value in vars(base).items()}
+    for name, value in sorted(ours.items()):
         if name.startswith("_"):
             continue
         if isinstance(value, (classmethod, staticmethod)):
@@ -70,6 +71,11 @@ def lines_of_class(path: str, cls: type) -> Iterator[str]:
             yield f"{path}.{name}{parameters(value)}"
         elif isinstance(value, property):
             yield f"{path}.{name}"
+
+
+def own_and_unlisted(cls: type) -> list[type]:
+    """A class, and those bases of the project that are not public themselves: who calls one calls the other."""
+    return [cls, *(base for base in cls.__mro__[1:] if base.__module__ == "nanoadam.slot_optimizer")]
 
 
 def public_api(module_name: str) -> list[str]:

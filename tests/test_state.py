@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from crossed import crossed
 from nanoadam.optimizer import NanoAdam
 from nanoadam.schedules import linear
 
@@ -43,9 +44,12 @@ def bits(model):
     return torch.cat([p.detach().view(-1) for p in model.parameters()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "options", [{}, {"moments": "reset"}, {"state_dtype": torch.float32}, {"density": 0.2, "mask_interval": 4}]
+    ("options", "dtype"),
+    crossed(
+        [{}, {"moments": "reset"}, {"state_dtype": torch.float32}, {"density": 0.2, "mask_interval": 4}],
+        [torch.float32, torch.bfloat16, torch.float16],
+    ),
 )
 def test_resuming_at_any_step_continues_bit_for_bit(dtype, options):
     whole = network(dtype)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import nanoadam
 import tiny
+from crossed import crossed
 from nanoadam import callback
 from nanoadam.callback import NanoAdamCallback
 from nanoadam.gradients import SelectedGradient
@@ -83,9 +84,10 @@ def learning_rates(run: Trainer) -> list[float]:
     return [line["learning_rate"] for line in run.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("max_grad_norm", [TrainingArguments.max_grad_norm, 0.05, 0.0])
+@pytest.mark.parametrize(
+    ("max_grad_norm", "accumulate", "autocast"),
+    crossed([TrainingArguments.max_grad_norm, 0.05, 0.0], [1, 3], [False, True]),
+)
 def test_the_trainer_does_what_a_plain_loop_does(
     tmp_path: Path, accumulate: int, autocast: bool, max_grad_norm: float
 ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanoadam.chunks import AnyLayout, ColumnLayout, Layout, column_layout, keep_count, layout
 from nanoadam.ops import Selection, Slot
+from nanoadam.schedules import Schedule
 from nanoadam.shards import local, part_of
 
 _NOTHING = Layout(lines=1, line=0, chunk=1, keep=0, keep_tail=0)
@@ -93,6 +94,12 @@ def layout_of(parameter: Tensor, group: Mapping[str, Any], density: float) -> An
             return ColumnLayout(0, shape[1], keep_count(shape[1], density), group["transposed"])
         return column_layout(shape, density, transposed=group["transposed"])
     return _NOTHING if 0 in shape else layout(shape, density)
+
+
+def density_at(group: Mapping[str, Any], step: int) -> float:
+    """The density that a group has at a step."""
+    density = group["density"]
+    return density(step) if isinstance(density, Schedule) else float(density)
 
 
 def saved_layout(parameter: Tensor, group: Mapping[str, Any]) -> AnyLayout | None:

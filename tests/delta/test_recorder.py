@@ -8,6 +8,7 @@ from cases import same
 from torch import nn
 
 import nanoadam
+from crossed import crossed
 from nanoadam import delta
 from nanoadam.delta import DeltaError
 
@@ -55,7 +56,7 @@ def step(model, optimizer, i):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("every", [1, 5, 37])
+@pytest.mark.parametrize("every", [1, pytest.param(5, marks=pytest.mark.slow), 37])
 def test_200_steps(dtype, every):
     model = Tiny(dtype)
     server = copy.deepcopy(model)
@@ -237,8 +238,7 @@ def test_what_was_frozen_after_it_was_trained_is_sent():
     assert same(server.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("every", [1, 5, 37])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "every"), crossed([torch.float32, torch.bfloat16], [1, 5, 37]))
 def test_whole_columns(dtype, every):
     model = Tiny(dtype)
     server = copy.deepcopy(model)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from crossed import crossed
 from nanoadam.chunks import column_layout, layout
 from nanoadam.ops import Adam, Rule, Selection, Slot, reference
 from nanoadam.ops.rounding import seed_key
@@ -81,9 +82,10 @@ def test_columns_of_zeros_stay_out_where_zeros_are_kept(ops, device, criterion):
     assert slot.state["index"].tolist() == [0, 1, 2, 3, 4] + [-1] * 20
 
 
-@pytest.mark.parametrize("keep_zeros", [False, True])
-@pytest.mark.parametrize("densities", [(0.2, 0.2), (0.3, 0.1), (0.05, 0.4), (1.0, 0.1), (0.1, 1.0)])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("densities", "keep_zeros", "transposed"),
+    crossed([(0.2, 0.2), (0.3, 0.1), (0.05, 0.4), (1.0, 0.1), (0.1, 1.0)], [False, True], [False, True]),
+)
 def test_a_refresh_carries_what_stays_and_forgets_the_rest(ops, device, densities, keep_zeros, transposed):
     torch.manual_seed(1)
     weight = torch.randn(300, 120)
@@ -171,9 +173,9 @@ def test_gather_takes_and_accumulates_the_selected_columns(ops, device, dtype, k
         assert torch.equal(got.cpu(), total[slot.state["index"].cpu().long()])
 
 
-@pytest.mark.parametrize("keep_zeros", [False, True])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "keep_zeros"), crossed(DTYPES, [torch.float32, torch.bfloat16], [False, True])
+)
 def test_update_is_the_references_and_touches_nothing_else(ops, device, dtype, state_dtype, keep_zeros):
     base = slots_of(dtype, state_dtype, keep_zeros)
     base[0].state["entry_step"] = torch.randint(0, 5, base[0].state["index"].shape, dtype=torch.int16)

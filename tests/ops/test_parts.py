@@ -14,11 +14,12 @@ ROWS, FIRST, COLUMNS = 8, 4, 2048  # two rows are a chunk
 def slots(kind, device):
     """Of a whole tensor, and of its lower half."""
     torch.manual_seed(0)
-    weight = torch.randn(ROWS, COLUMNS).to(torch.bfloat16).to(device)
+    width = COLUMNS if kind == "weights" else 160
+    weight = torch.randn(ROWS, width).to(torch.bfloat16).to(device)
     found = []
-    for rows, part in ((weight, None), (weight[FIRST:], Part((ROWS - FIRST, COLUMNS), (ROWS, COLUMNS), (FIRST, 0)))):
+    for rows, part in ((weight, None), (weight[FIRST:], Part((ROWS - FIRST, width), (ROWS, width), (FIRST, 0)))):
         mine = rows.clone()
-        shape = {"dense": mine.shape, "columns": (COLUMNS, len(mine))}.get(kind)
+        shape = {"dense": mine.shape, "columns": (width, len(mine))}.get(kind)
         lay = None if kind == "dense" else layout(mine.shape, 0.1)
         if kind == "columns":
             lay = column_layout(mine.shape, 1.0)
@@ -34,12 +35,12 @@ def test_random_bits_go_by_the_place_in_the_whole(ops, device, kind):
     gradient = torch.randn(ROWS, COLUMNS).to(device)
     ends = []
     for slot, lay in slots(kind, device):
-        mine = gradient[-len(slot.weight) :]
+        mine = gradient[-len(slot.weight) :, : slot.weight.shape[1]].contiguous()
         adam = Adam(1e-3, 0.9, 0.999, 1e-8, 0.1, False, True, seed_key(7))
         slot.steps = 1
         slot.state["step"] += 1
         if kind == "dense":
-            ops.update_dense([slot], [mine.contiguous()], adam)
+            ops.update_dense([slot], [mine], adam)
         else:
             slot.steps = 0
             reference.select([slot], [lay], Rule("smallest", False, True, 0, 0), None)

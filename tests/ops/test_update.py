@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from crossed import crossed
 from nanoadam.chunks import layout
 from nanoadam.ops import Adam, Rule, Selection, Slot, reference
 from nanoadam.ops.rounding import seed_key
@@ -63,10 +64,15 @@ def moved(slots, steps, rule, ops, device, gradients):
     ops.update(slots, [gradients[slot.ordinal].to(device) for slot in slots], rule)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stochastic", [True, False])
-@pytest.mark.parametrize("scale", [1.0, torch.tensor(0.3)])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "stochastic", "scale"),
+    crossed(
+        [torch.float32, torch.bfloat16, torch.float16],
+        [torch.float32, torch.bfloat16],
+        [True, False],
+        [1.0, torch.tensor(0.3)],
+    ),
+)
 def test_update_is_the_references(ops, device, dtype, state_dtype, stochastic, scale):
     torch.manual_seed(0)
     options = {"stochastic_rounding": stochastic, "grad_scale": scale, "maximize": not stochastic}

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nanoadam.gradients.gather import compact
 from nanoadam.gradients.tensor import Box, SelectedGradient
 from nanoadam.ops import Slot
 from nanoadam.shards import gradient_of, local, set_gradient
@@ -36,9 +37,6 @@ class Owner(Protocol):
         Raises:
             TypeError: if the gradient cannot be used at all.
         """
-
-    def _compact(self, boxes: Sequence[Box]) -> None:
-        """Add `pending` of these gradients to their entries."""
 
 
 class _Hook:
@@ -203,7 +201,7 @@ class GradientRelease:
             self._gathered, self._bytes = [], 0
             owner = self._owner()
             if owner is not None and boxes:
-                owner._compact(boxes)
+                compact(boxes)
             else:
                 for box in boxes:
                     box.compact()
