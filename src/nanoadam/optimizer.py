@@ -266,12 +266,11 @@ class NanoAdam(SlotOptimizer):
     def _update(self, i: int, grad_scale: float | Tensor) -> None:
         """Lines 3 and 4 of Algorithm 1."""
         group = self.param_groups[i]
-        selected, dense = ([slot for slot in some if slot.gradient is not None] for some in self._members[i])
-        for slot in selected:
-            if type(slot.gradient) is not SelectedGradient:
+        (selected, sparse), (dense, gradients) = map(_with_gradients, self._members[i])
+        for slot, gradient in zip(selected, sparse, strict=True):
+            if type(gradient) is not SelectedGradient:
                 self._release.hold(slot.parameter)  # if swap_tensors has taken the hook away
-        entries = gather.entries(selected, group["grad_dtype"])
-        gradients = [slot.gradient for slot in dense]
+        entries = gather.entries(selected, sparse, group["grad_dtype"])
         gradients = [as_dense(g) if type(g) is SelectedGradient else g for g in gradients]
         with self._counted([*selected, *dense], i):
             for slot in selected:
@@ -432,6 +431,12 @@ class NanoAdam(SlotOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in ("gradient_release", "release_bytes", "local")}
         return {**super().__getstate__(), **options}
+
+
+def _with_gradients(slots: Sequence[Slot]) -> tuple[list[Slot], list[Tensor]]:
+    """Those whose parameters have a gradient, and the gradients."""
+    found = [(slot, gradient) for slot in slots if (gradient := slot.gradient) is not None]
+    return [slot for slot, _ in found], [gradient for _, gradient in found]
 
 
 def _asks_before_forward(slot: Slot) -> bool:

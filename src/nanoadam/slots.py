@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def by_device(
     Sharded tensors of which nothing lies on this process are left out; but all processes that share its columns
     choose from them together (`choosing`).
     """
+    if slots and all(map(partial(_lies_on, slots[0].weight.device), slots)):
+        return [(slots[0].weight.device, slots, beside)]
     empty = [slot.part is not None and 0 in slot.part.shape for slot in slots]
     if any(empty):
         here = [
@@ -45,6 +48,11 @@ def by_device(
         mine = [i for i, its in enumerate(devices) if its == device]
         parts.append((device, [slots[i] for i in mine], [beside[i] for i in mine] if beside else beside))
     return parts
+
+
+def _lies_on(device: torch.device, slot: Slot) -> bool:
+    """Whether all of it is on this device, and on this process."""
+    return slot.part is None and slot.parameter.device == device and slot.state["exp_avg"].device == device
 
 
 def _follow(slot: Slot, device: torch.device) -> None:

@@ -29,12 +29,11 @@ def compact(boxes: Sequence[Box]) -> None:
             box.stored, box.pending = values, None
 
 
-def entries(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
-    """The selected entries of `p.grad`, whatever it is: [selected] each."""
+def entries(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The selected entries of gradients, whatever they are: [selected] each."""
     found: list[Any] = [None] * len(slots)
     dense: list[int] = []
-    for i, slot in enumerate(slots):
-        gradient = slot.gradient
+    for i, (slot, gradient) in enumerate(zip(slots, gradients, strict=True)):
         if type(gradient) is SelectedGradient:
             assert slot.selection is not None
             found[i] = gradient._box.moved_to(slot.selection)
@@ -42,8 +41,7 @@ def entries(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
             dense.append(i)
     for device, members, places in by_device([slots[i] for i in dense], dense):
         room = [torch.empty(slot.layout.shape, dtype=dtype, device=device) for slot in members]
-        gradients = [slot.gradient for slot in members if slot.gradient is not None]
-        backend(device).gather(members, gradients, room, [False] * len(room))
+        backend(device).gather(members, [gradients[i] for i in places], room, [False] * len(room))
         for i, values in zip(places, room, strict=True):
             found[i] = values
     return found

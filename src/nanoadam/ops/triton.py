@@ -210,13 +210,14 @@ def _update(slots: Sequence[Slot], entries: Sequence[Tensor], adam: Adam) -> Non
 
 def update_dense(slots: Sequence[Slot], gradients: Sequence[Tensor], adam: Adam) -> None:
     for members, dense in by_steps(slots, gradients, adam):
-        for i, (slot, gradient) in enumerate(zip(members, dense, strict=True)):
-            if gradient.stride() != slot.weight.stride():
-                dense[i] = torch.empty_like(slot.weight, dtype=gradient.dtype).copy_(gradient)
+        weights = [slot.weight for slot in members]
+        for i, (weight, gradient) in enumerate(zip(weights, dense, strict=True)):
+            if gradient.stride() != weight.stride():
+                dense[i] = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
         pointers = [gradient.data_ptr() for gradient in dense]
         signature: list[Any] = [
-            (slot.weight.data_ptr(), slot.state["exp_avg"].data_ptr(), gradient.dtype, pointer % 16)
-            for slot, gradient, pointer in zip(members, dense, pointers, strict=True)
+            (weight.data_ptr(), slot.state["exp_avg"].data_ptr(), gradient.dtype, pointer % 16)
+            for slot, weight, gradient, pointer in zip(members, weights, dense, pointers, strict=True)
         ]
         if adam.capturable:
             signature.extend(slot.state["step"].data_ptr() for slot in members)
