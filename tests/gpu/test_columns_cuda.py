@@ -71,13 +71,16 @@ def test_nothing_of_the_weights_size_is_allocated():
     model = nn.Sequential(nn.Embedding(4096, 2048), *(nn.Linear(2048, 2048, bias=False) for _ in range(8)))
     model.to("cuda", torch.bfloat16)
     optimizer = NanoAdam(
-        nanoadam.param_groups(model, granularity="column"), density=0.01, grad_dtype=torch.bfloat16, lr=1e-3
+        nanoadam.param_groups(model, granularity="column", selected="8"),  # the last layer, too, which is no new head
+        density=0.01,
+        grad_dtype=torch.bfloat16,
+        lr=1e-3,
     )
     batch = torch.randint(0, 4096, (2, 16), device="cuda")
 
     def iteration():
         model(batch).float().square().mean().backward()
-        assert isinstance(model[1].weight.grad, SelectedGradient)
+        assert all(isinstance(layer.weight.grad, SelectedGradient) for layer in model)
         optimizer.step()
         optimizer.zero_grad()
 
