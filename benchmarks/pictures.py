@@ -279,6 +279,45 @@ def columns() -> Picture:
     return picture
 
 
+SHOWN = {
+    "matrix products": ("products", "a"),
+    "attention": ("attention", "g"),
+    "NanoAdam": ("NanoAdam's kernels", "c"),
+    "": ("pointwise and the rest", "b"),
+}
+
+
+def backward() -> Picture:
+    """The kernels of a part of one backward, one method below the other, on one scale of time."""
+    rows = rows_of("columns_backward.json")
+    names = {
+        "adamw": "AdamW",
+        "lora": "LoRA r = 32",
+        "nanoadam:0.01": "single weights 1 %",
+        "columns:0.01": "columns 1 %",
+    }
+    picture = Picture(760, 62 + 46 * len(rows), "One backward: two layers of LLaMA-2-7B")
+    picture.text(10, 20, "Two of 32 layers in one backward, LLaMA-2-7B, batch 8 x 512, one H200", "t")
+    longest = max(row["backward"]["shown_us"] for row in rows)
+    for number, row in enumerate(rows):
+        top, found = 44 + 46 * number, row["backward"]
+        picture.text(10, top + 4, names[row["given"]])
+        picture.text(
+            750, top + 4, f"{found['shown_us'] / 1000:.1f} ms; whole backward {found['us'] / 1000:.0f} ms", "s e"
+        )
+        picture.box(10, top + 10, 740 * found["shown_us"] / longest, 18, "d")
+        for kind, start, us in found["kernels"]:
+            color = SHOWN.get(kind, SHOWN[""])[1]
+            width = min(us, found["shown_us"] - start) * 740 / longest
+            picture.box(10 + 740 * start / longest, top + 10, max(width, 0.2), 18, color)
+    left = 10
+    for name, color in SHOWN.values():
+        picture.box(left, picture.height - 18, 11, 11, color)
+        picture.text(left + 16, picture.height - 8, name, "s")
+        left += 170
+    return picture
+
+
 def intervals() -> Picture:
     """Metric and forgetting over the mask interval."""
     rows = rows_of("minilm-ablations.jsonl")
@@ -302,7 +341,7 @@ def intervals() -> Picture:
 
 DRAWN: dict[str, Callable[[], Picture]] = {
     "llama-2-7b": llama, "kinds": kinds, "smallest": smallest, "step": step, "granularity": granularity,
-    "rates": rates, "columns": columns, "intervals": intervals,
+    "rates": rates, "columns": columns, "backward": backward, "intervals": intervals,
 }  # fmt: skip
 
 
