@@ -51,7 +51,7 @@ def versions(session: nox.Session, torch: str) -> None:
         lines = Path("constraints.txt").read_text().splitlines()
         constraints.write_text("\n".join(line for line in lines if not line.startswith(("torch==", "triton=="))))
         session.install("-c", str(constraints), f"torch=={torch}", "-e", ".[test]")
-    session.run("python", "-m", "pytest", "-n", "2", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -60,7 +60,7 @@ def without(session: nox.Session, extra: str) -> None:
     """What is left of the suite when an extra's packages cannot be imported."""
     paths = os.pathsep.join(["tests/without", "src"])
     hidden = {"PYTHONPATH": paths, "WITHOUT": EXTRAS[extra]}
-    session.run("python", "-m", "pytest", "-n", "2", *session.posargs, env=hidden, external=True)
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=hidden, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -72,6 +72,8 @@ def strict(session: nox.Session) -> None:
         "pytest",
         "-n",
         "2",
+        "--dist",
+        "worksteal",
         "-W",
         "error",
         *(part for one in MEANT for part in ("-W", one)),

@@ -580,7 +580,7 @@ def test_an_embeddings_gradient_is_made_at_the_selected_entries(dtype, compiler,
         optimizer.step()
         optimizer.zero_grad()
     # A tied table's gradient comes whole from the head: from then on its lookup is torch's own.
-    assert optimizer._slots[table].served.in_vain == tied
+    assert optimizer._slots[table].served.needs_whole == tied
 
 
 def test_no_gradient_of_a_tables_size_is_made():

@@ -113,7 +113,7 @@ def test_trainer_with_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert len(losses(run("trainer.py", capsys, "--model", str(tmp_path)))) == 4
 
 
-@pytest.mark.parametrize("name", ["trl_sft.py", "trl_dpo.py", "peft_lora.py"])
+@pytest.mark.parametrize("name", ["trl_sft.py", pytest.param("trl_dpo.py", marks=pytest.mark.slow), "peft_lora.py"])
 def test_language_models_with_a_model(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("peft" if name.startswith("peft") else "trl")
     found = losses(run(name, capsys, "--model", str(tiny.causal_folder(tmp_path / "model"))))

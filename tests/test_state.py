@@ -155,12 +155,12 @@ def test_distributed_checkpoint_loads_into_a_fresh_optimizer(tmp_path, scheduled
 
 
 def test_a_prepared_optimizer_is_a_fresh_one():
-    with pytest.raises(ValueError, match="fresh optimizer"):
+    with pytest.raises(ValueError, match="new optimizer"):
         make(network(torch.float32)).prepare(-1)
     model = network(torch.float32)
     opt = make(model)
     advance(model, opt, 0, 1)
-    with pytest.raises(ValueError, match="fresh optimizer"):
+    with pytest.raises(ValueError, match="new optimizer"):
         opt.prepare(3)
 
 

@@ -49,12 +49,12 @@ class Served:
         self.leaf: Tensor | None = None
         self.index: Tensor | None = None
         self.keep = 0
-        self.in_vain = False  # its gradient comes whole all the same: an embedding that is the head as well
+        self.needs_whole = False  # its gradient comes whole all the same: an embedding that is the head as well
 
     def renew(self) -> None:
         """Follow a new selection. Where that was made in place, so is this: a captured graph goes on reading it."""
         selection = self.slot.selection
-        if selection is None or self.slot.unselected or self.in_vain or id(self.weight) in _whole:
+        if selection is None or self.slot.unselected or self.needs_whole or id(self.weight) in _whole:
             self.leaf = self.index = self.selection = None
             return
         if isinstance(selection.layout, ColumnLayout):
@@ -187,7 +187,7 @@ def _ready(weight: Tensor, *, transposed: bool | None = None) -> Served | None:
     layout = served.selection.layout if served.selection is not None else None
     if isinstance(layout, ColumnLayout) and layout.transposed is not transposed:
         if transposed is not None and not torch.compiler.is_compiling():  # the group takes its rows for its columns
-            served.in_vain = True
+            served.needs_whole = True
             served.renew()
         return None
     return served if layout is not None and isinstance(layout, Layout) is (transposed is None) else None

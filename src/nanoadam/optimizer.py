@@ -210,7 +210,7 @@ class NanoAdam(SlotOptimizer):
         group = self.param_groups[i]
         if _asks_before_forward(slot):
             if type(gradient) is not SelectedGradient and not isinstance(slot.layout, ColumnLayout):
-                slot.served.in_vain = True
+                slot.served.needs_whole = True
             if slot.selected_for != group["steps"]:  # by a compiled layer, which asked nobody
                 slot.selected_for, slot.overdue = group["steps"], slot.overdue or is_due(group)
         elif slot.selected_for != group["steps"] or slot.arrived_in == group["steps"]:

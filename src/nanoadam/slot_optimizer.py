@@ -308,7 +308,7 @@ class SlotOptimizer(Optimizer):
 
     @torch.no_grad()
     def prepare(self, steps: int) -> None:
-        """Give the state of a fresh optimizer the shapes that it has after `steps` steps, before it is loaded into.
+        """Give the state of a new optimizer the shapes that it has after `steps` steps, before it is loaded into.
 
         For loaders that read into existing tensors, as torch.distributed.checkpoint does, where the density has
         changed since the start. `load_state_dict` needs no such call.
@@ -317,7 +317,7 @@ class SlotOptimizer(Optimizer):
             ValueError: if the optimizer has made steps of its own, or `steps` is negative.
         """
         if steps < 0 or any(group["steps"] for group in self.param_groups):
-            raise ValueError(f"prepare({steps}) is for a fresh optimizer and a number of steps of at least 0")
+            raise ValueError(f"prepare({steps}) is for a new optimizer and a number of steps of at least 0")
         for group in self.param_groups:
             group["active_density"] = density_at(group, max(0, steps - 1))
         self.state.clear()

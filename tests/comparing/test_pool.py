@@ -35,10 +35,10 @@ def test_gpus_are_taken_in_turn_and_threads_shared_out(monkeypatch: pytest.Monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     assert [pool._gpu(i)["CUDA_VISIBLE_DEVICES"] for i in range(5)] == ["5", "7", "5", "7", "5"]
-    seen = dict(pool.each(os.getenv, ["CUDA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"], 2, lost))
-    assert set(seen.values()) == {"5", "7"}
-    threads = dict(pool.each(os.getenv, ["OMP_NUM_THREADS"] * 2, 2, lost))
-    assert threads[0] == str(max(1, (os.cpu_count() or 1) // 2))
+    names = ["CUDA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_NUM_THREADS"]
+    seen = dict(pool.each(os.getenv, names, 2, lost))
+    assert {seen[0], seen[1]} == {"5", "7"}
+    assert seen[2] == seen[3] == str(max(1, (os.cpu_count() or 1) // 2))
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == ("5,7", "64")
 
 

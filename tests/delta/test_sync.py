@@ -229,7 +229,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
 
 GROUP = """
 import copy, sys, torch, torch.distributed as dist
-sys.path[:0] = [{here!r}]
+sys.path[:0] = [{here!r}, {here!r} + "/.."]
 from test_recorder import Tiny, make, step
 from cases import same
 from nanoadam import delta

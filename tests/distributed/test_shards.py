@@ -357,7 +357,7 @@ def test_accumulation_without_synchronising_ends_in_the_same_place(two):
     torch.testing.assert_close(*two[0]["synchronised"], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("ends", ["two", "four"])
+@pytest.mark.parametrize("ends", ["two", pytest.param("four", marks=pytest.mark.slow)])
 def test_uneven_and_empty_shards(ends, request):
     found = [end["uneven"] for end in request.getfixturevalue(ends)]
     before, after, moved = found[0]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,20 +20,27 @@ from nanoadam.finetuning.config import FIELDS, Config
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
-@pytest.fixture
-def begun(tmp_path: Path) -> Path:
-    rows = tiny.jsonl(tmp_path / "train.jsonl", tiny.sentences(32))
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was interrupted, to be copied."""
+    root = tmp_path_factory.mktemp("begun")
+    rows = tiny.jsonl(root / "train.jsonl", tiny.sentences(32))
+    out = root / "run"
 
     def stop(line: dict[str, object]) -> None:
         if line["step"] == 5 and "event" not in line:
             raise KeyboardInterrupt
 
-    config = Config(model=str(tiny.bert_folder(tmp_path / "bert")), train=str(rows), device="cpu", batch_size=4,
+    config = Config(model=str(tiny.bert_folder(root / "bert")), train=str(rows), device="cpu", batch_size=4,
                     max_steps=12, save_every=2, log_every=1, learning_rate=1e-3, warmup=0.0, density=0.2)  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         finetune.run(config, out, stop)
     return out
+
+
+@pytest.fixture
+def begun(once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(once, tmp_path / "run")
 
 
 def change(out: Path, key: str, value: str) -> None:
@@ -85,8 +93,6 @@ def test_what_changes_nothing_that_is_learned_may_be_changed(begun: Path) -> Non
 
 
 def test_before_the_first_checkpoint_everything_may_be_changed(begun: Path) -> None:
-    import shutil
-
     shutil.rmtree(begun / "checkpoints")
     change(begun, "density", "0.5")
     finetune.resume(begun)

@@ -89,8 +89,8 @@ def test_adapters_can_be_trained_by_nanoadam(job: dict[str, object], tmp_path: P
     [
         ("microadam", "microadam.window=2"),
         ("lora", "lora.rank=2"),
-        ("shira", "shira.rank=2"),
-        ("oft", "oft.block_size=16"),
+        pytest.param("shira", "shira.rank=2", marks=pytest.mark.slow),
+        pytest.param("oft", "oft.block_size=16", marks=pytest.mark.slow),
         ("nanoadam", ""),
     ],
 )

@@ -142,10 +142,13 @@ def test_local_files_stand_in_for_the_hub(tmp_path: Path) -> None:
 
 # From end to end ---------------------------------------------------------------------------------------------
 
+# test_resume.py runs `glue`, too; `ablation-static` is as the other ablation.
+SLOW = ("learning-rate", "forgetting", "glue", "ablation-criterion")
+
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("learning-rate", "forgetting") else n for n in EXPERIMENTS],
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPERIMENTS],
 )
 def test_smoke_runs_from_end_to_end(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"

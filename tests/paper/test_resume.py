@@ -20,6 +20,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("filelock")
 pytest.importorskip("transformers")
 
+from crossed import crossed
 from nanoadam import cli
 from nanoadam.finetuning import folders
 from nanoadam.finetuning import run as finetune
@@ -109,32 +110,34 @@ def watch(monkeypatch: pytest.MonkeyPatch, out: Path) -> list[tuple[str, str]]:
     return seen
 
 
-# (experiment, where it is interrupted, line there, what is run after that, what stays as it is)
+# (experiment, where it is interrupted, line there, what is run after that, what stays as it is); one of each is quick
 CASES = [
     # The run is finished, its line is not whole: it is read from the run's own folder.
     ("glue", "bert-base/COLA/metrics.jsonl", 2,
      ["run bert-base/STSB/runs/adamw-*", "run bert-base/STSB/runs/nanoadam-*"], ["bert-base/COLA/runs/*"]),
     # The first comparison is finished, its manifest too.
     ("glue", "bert-base/STSB/runs/nanoadam-*/metrics.jsonl", 2,
-     ["run bert-base/STSB/runs/nanoadam-*"], ["bert-base/COLA/*", "bert-base/STSB/runs/adamw-*"]),
+     ["run bert-base/STSB/runs/nanoadam-*"], ["bert-base/COLA/*", "bert-base/STSB/runs/adamw-*"], pytest.mark.slow),
     ("forgetting", "resnet-18/nanoadam-0/task2/metrics.jsonl", 3,
      ["resume resnet-18/nanoadam-0/task2"], ["resnet-18/adamw-0/*", "resnet-18/nanoadam-0/task1/*"]),
     # Everything of the first run is finished but its line.
     ("forgetting", "metrics.jsonl", 1,
-     ["run resnet-18/nanoadam-0/task1", "run resnet-18/nanoadam-0/task2"], ["resnet-18/adamw-0/task?/*"]),
+     ["run resnet-18/nanoadam-0/task1", "run resnet-18/nanoadam-0/task2"], ["resnet-18/adamw-0/task?/*"],
+     pytest.mark.slow),
     ("gsm8k", "llama-2-7b/nanoadam-0/metrics.jsonl", 3,
-     ["resume llama-2-7b/nanoadam-0"], ["llama-2-7b/microadam-0/*"]),
+     ["resume llama-2-7b/nanoadam-0"], ["llama-2-7b/microadam-0/*"], pytest.mark.slow),
     # It is trained, and among its answers.
     ("gsm8k", "llama-2-7b/nanoadam-0/answers.jsonl", 2, [], ["llama-2-7b/microadam-0/*"]),
     ("gradient-weight", "vit-tiny/CIFAR-10/finetuned-0/metrics.jsonl", 2,
-     ["run vit-tiny/CIFAR-10/finetuned-0", "run vit-tiny/CIFAR-10/scratch-0"], ["bert-base/*"]),
+     ["run vit-tiny/CIFAR-10/finetuned-0", "run vit-tiny/CIFAR-10/scratch-0"], ["bert-base/*"], pytest.mark.slow),
     ("gradient-weight", "runs.jsonl", 4, ["run vit-tiny/CIFAR-10/scratch-0"],
      ["bert-base/*", "vit-tiny/CIFAR-10/finetuned-0/*"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "line", "again", "kept"), CASES, ids=[f"{case[0]}-{case[1]}-{case[2]}" for case in CASES]
+    ("name", "file", "line", "again", "kept"),
+    [pytest.param(*case[:5], marks=case[5:], id=f"{case[0]}-{case[1]}-{case[2]}") for case in CASES],
 )
 def test_an_interrupted_experiment_ends_as_one_that_was_not(
     name: str, file: str, line: int, again: list[str], kept: list[str],
@@ -202,39 +205,40 @@ def test_the_model_of_a_finished_run_is_not_kept(whole: Callable[[str], Path], t
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
-from nanoadam import cli
 from nanoadam.finetuning import folders
+from nanoadam.paper import recipe, reproduce
 append, out = folders.append, Path(sys.argv[1])
 def die(path, record):
     append(path, record)
     if path == out / "llama-2-7b" / "nanoadam-0" / "answers.jsonl":
         os.kill(os.getpid(), signal.SIGKILL)
 folders.append = die
-cli.main(["reproduce", "gsm8k", "--scale", "smoke", "--out", str(out)])
+reproduce.run(recipe.Recipe(**json.loads(sys.argv[2])), out)
 """
 
 
-def test_a_killed_experiment_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, never = tmp_path / "run", tmp_path / "never"
+def test_a_killed_experiment_ends_as_one_that_was_not(
+    whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never, out = whole("gsm8k"), tmp_path / "run"
     same = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums over more threads round otherwise
-    killed = [sys.executable, "-W", "ignore", "-c", KILLED, str(out)]
+    killed = [sys.executable, "-W", "ignore", "-c", KILLED, str(out), json.dumps(dataclasses.asdict(smoke("gsm8k")))]
     assert subprocess.run(killed, check=False, capture_output=True, env=same).returncode == -signal.SIGKILL
     assert (out / folders.LOCK).exists()
     seen = watch(monkeypatch, out)
     resumed = reproduce.resume(out)
     assert seen == []  # it was killed among its answers
     monkeypatch.undo()
-    assert timeless(resumed) == timeless(reproduce.run(recipe.load("gsm8k", "smoke"), never))
+    assert timeless(resumed) == timeless(manifest(never)["results"])
     assert content(out).keys() == content(never).keys()  # no lock, no model
 
 
 # Fronts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gone", [False, True], ids=["weights there", "weights gone"])
-@pytest.mark.parametrize("line", [2, 6, 9])
+@pytest.mark.parametrize(("line", "gone"), crossed([2, 6, 9], [False, True]))
 def test_a_front_goes_on(
     line: int, gone: bool, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

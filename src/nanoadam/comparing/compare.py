@@ -250,7 +250,7 @@ def run(
     Args:
         comparison: what to compare.
         out: new or empty.
-        progress: told when a run begins, and at the end.
+        progress: called when a run begins, and at the end.
         jobs: how many runs at once, each in a process of its own and on one of the visible GPUs in turn.
         keep: "best" keeps the model of the best run, "none" none.
 

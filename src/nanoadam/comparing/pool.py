@@ -40,7 +40,7 @@ def each(
         items: can be pickled. They are started in order.
         jobs: how many processes; with 1 it is this one.
         lost: makes the result of an item whose process died; is given what is known of it.
-        started: told when an item begins.
+        started: called when an item begins.
         after: for each item the position of an earlier one that has to be done before it begins, or None.
 
     Raises:

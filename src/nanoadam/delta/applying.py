@@ -51,7 +51,7 @@ def apply(
         out: where the copy goes; for paths only.
         verify: hold the file against its SHA-256, each tensor against the hash of the base, and what would come out
             against the hash of the result. Without it a wrong base is noticed by its shapes only.
-        progress: told how far it is, for paths.
+        progress: called with how far it is, for paths.
 
     Returns:
         What takes it back: `apply(model, that)`, or `revert(model)` for a module. For paths the patch itself.

@@ -53,7 +53,7 @@ def diff(
         name: the name of the base model, for people; by default what the base says of itself.
         new: tensors whose values in `base` are nobody's (a head that was drawn at random): held whole, and applied
             to whatever stands there.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Returns:
         The patch; with `out` the one in the file.

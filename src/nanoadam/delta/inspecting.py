@@ -97,7 +97,7 @@ def verify(model: Any, patch: Patch | str | os.PathLike[str], *, progress: Progr
     Args:
         model: a module, a state dict or the path of a saved model.
         patch: a patch, or its path; the file is held against its SHA-256.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Raises:
         DeltaError: if the patch or the model cannot be read.

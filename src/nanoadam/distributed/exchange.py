@@ -40,7 +40,7 @@ class Item:
         return self.shape.numel() * self.dtype.itemsize
 
     @property
-    def is_settled(self) -> bool:
+    def is_taken(self) -> bool:
         """Whether the optimizer has taken the selected entries already, where it will."""
         return self.slot is None or type(self.parameter.grad) is SelectedGradient
 
@@ -97,7 +97,7 @@ class Bucket:
     @property
     def is_ready(self) -> bool:
         """Whether all its gradients are there."""
-        return not self.waiting and all(item.is_settled for item in self.items)
+        return not self.waiting and all(item.is_taken for item in self.items)
 
     def launch(self, optimizer: NanoAdam, group: dist.ProcessGroup | None) -> int:
         """Begin to average them over the processes; the bytes that this sends."""

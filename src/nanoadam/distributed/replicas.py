@@ -132,7 +132,7 @@ class Replica:
         """
         if not self._alone:
             with self._lock:
-                self._settle()
+                self._land_rest()
                 self._open()
                 self._finish()
 
@@ -157,7 +157,7 @@ class Replica:
             backward = torch._C._current_graph_task_id()
             if backward != self._backward:  # a new one, or one within another (reentrant checkpointing)
                 self._check_nested(parameter)
-                self._settle()
+                self._land_rest()
                 self._backward = backward
                 if self._ddp is None:
                     self._open()
@@ -181,14 +181,14 @@ class Replica:
         selections = [(id(item.slot), item.slot.version) for item in items if item.slot is not None]
         self._exchanges += 1
         period = self._exchanges // agreement.EVERY
-        fresh = self._summed != (selections, period)
-        if fresh or self._sums is None:
+        changed = self._summed != (selections, period)
+        if changed or self._sums is None:
             self._sums, self._summed = agreement.checksums(items), (selections, period)
         steps = max(group["steps"] for group in optimizer.param_groups)
         self._agreement = Agreement(items, steps, self._sums, self._group)
         self.sent_bytes += agreement.BYTES
         # Buffers of unequal lengths would hang. A GPU is waited for only where what travels may have changed.
-        if fresh or self._sums.device.type == "cpu":
+        if changed or self._sums.device.type == "cpu":
             self._agreement.check()
 
     def _launch(self) -> None:
@@ -206,7 +206,7 @@ class Replica:
                 "use_reentrant=False"
             )
 
-    def _settle(self) -> None:
+    def _land_rest(self) -> None:
         """Let what is on its way arrive, if a backward has begun within another or was broken off."""
         for bucket in self._buckets[: self._launched]:
             bucket.land()

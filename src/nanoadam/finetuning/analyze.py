@@ -31,7 +31,7 @@ def pair(before: Path, after: Path, skip_missing: bool = False, progress: Progre
         before: folder of the pretrained weights, in safetensors.
         after: folder of the finetuned ones.
         skip_missing: leave out what only one of them has, a new head for instance, instead of refusing it.
-        progress: told before each tensor.
+        progress: called before each tensor.
 
     Returns:
         `{"kind": "pair", "before", "after", "tensors": [...], "layers": [...], "total", "heatmap", "only_before",
@@ -120,7 +120,7 @@ def model(config: Config, batches: int = 1, progress: Progress | None = None) ->
     Args:
         config: which model and data; its task, batch size, seed and device.
         batches: the gradient is that of the mean loss over so many.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Returns:
         `{"kind": "model", "model", "data", "batches", "batch_size", "tensors": [{"name", "role", "numel", "ratio",

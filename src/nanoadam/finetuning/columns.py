@@ -99,8 +99,8 @@ def task_of(rows: Dataset, config: Config, architecture: str) -> str:
 
 def _refuse_preferences(name: str, names: Mapping[str, str], config: Config) -> None:
     """Of pairs of a better and a worse answer the better one alone would be learned."""
-    told = config.completion_column or config.text_column or config.label_column or config.messages_column
-    if told is None and {"chosen", "rejected"} <= names.keys():
+    named = config.completion_column or config.text_column or config.label_column or config.messages_column
+    if named is None and {"chosen", "rejected"} <= names.keys():
         raise ValueError(
             f"{name} has pairs of a chosen and a rejected answer, which are learned by DPO (examples/trl_dpo.py): "
             f"--completion-column {names['chosen']} learns the chosen ones alone"
@@ -230,12 +230,14 @@ def of_completions(name: str, rows: Dataset, config: Config) -> tuple[str, Roles
         ValueError: if a column is missing, or there is more text than one reading explains.
     """
     names = {column.lower(): column for column in rows.column_names}
-    told = config.prompt_column is not None or config.completion_column is not None
+    named = config.prompt_column is not None or config.completion_column is not None
     _refuse_preferences(name, names, config)
-    if config.messages_column is not None or (not told and config.text_column is None and names.keys() & set(MESSAGES)):
+    if config.messages_column is not None or (
+        not named and config.text_column is None and names.keys() & set(MESSAGES)
+    ):
         return "chat", _roles(rows, (find(name, rows, "messages_column", config.messages_column, MESSAGES),), None)
     completes = names.keys() & set(COMPLETION)
-    if config.text_column is not None or (not told and not completes and _only_text(rows)):
+    if config.text_column is not None or (not named and not completes and _only_text(rows)):
         return "text", _roles(rows, (_plain(name, rows, config),), None)
     completion = find(name, rows, "completion_column", config.completion_column, COMPLETION, "causal-lm")
     if config.prompt_column is not None:

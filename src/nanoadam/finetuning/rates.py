@@ -71,7 +71,7 @@ def chosen(job: Job, tell: Progress) -> Found:
 
     Args:
         job: has its model on any device; its weights are what they were afterwards.
-        tell: told of each trial.
+        tell: called with each trial.
     """
     if job.config.learning_rate is not None:
         return Found(job.config.learning_rate, "given")

@@ -65,7 +65,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, watch: Watc
     Args:
         config: what to do.
         out: the folder; new or empty.
-        progress: told about every line of metrics.
+        progress: called with every line of metrics.
         watch: makes one more callback of the Trainer.
 
     Returns:

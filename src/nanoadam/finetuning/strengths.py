@@ -36,7 +36,7 @@ def front(
         run: its folder.
         strengths: 0 is the base (with the finetuned head, where that is new), 1 the finetuned model.
         retain: what must not be forgotten; by default what the run was told.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Returns:
         `{"run", "metric", "higher_is_better", "rows"}`; a row has `strength`, `metrics` and `retained`.

@@ -91,7 +91,7 @@ def predict(
         texts: instead of that, texts.
         batch_size: rows per forward pass.
         new_tokens: of language models, the most that are written.
-        tell: told how many rows are done.
+        tell: called with how many rows are done.
 
     Raises:
         ValueError: for data that lack the columns that the run read, or a run of another task.

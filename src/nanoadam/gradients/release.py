@@ -47,7 +47,7 @@ class _Hook:
 
     def __init__(self, parameter: Tensor) -> None:
         self.holders: list[weakref.ref[GradientRelease]] = []
-        self.told = False
+        self.warned = False
         self.handle = parameter.register_post_accumulate_grad_hook(self)
 
     @staticmethod
@@ -72,10 +72,10 @@ class _Hook:
 
     def _is_shared(self, parameter: Tensor) -> bool:
         """Whether several optimizers in use hold it: then its gradient stays dense, since one cannot serve both."""
-        if len(self.alive()) > 1 and not self.told:
+        if len(self.alive()) > 1 and not self.warned:
             gc.collect()  # a scheduler keeps an optimizer alive in a circle, though nobody uses it any more
         self.holders = [*map(weakref.ref, self.alive())]
-        if len(self.holders) > 1 and not self.told:
+        if len(self.holders) > 1 and not self.warned:
             warnings.warn(
                 f"a parameter of shape {tuple(parameter.shape)} is in {len(self.holders)} NanoAdam optimizers: its "
                 "gradient stays dense, since one selection cannot serve both. Delete the one that is done with",
@@ -84,7 +84,7 @@ class _Hook:
             )
             for hook in (_Hook.of(other) for release in self.alive() for other in release.held):
                 if hook is not None:
-                    hook.told = True
+                    hook.warned = True
         return len(self.holders) > 1
 
 

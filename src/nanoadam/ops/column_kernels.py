@@ -242,8 +242,8 @@ def choose(
     lane = tl.arange(0, BLOCK)
     ranked = scratch + tl.load(row + SCRATCH)
     where = ranked + inputs
-    fresh = where + inputs
-    source = fresh + keep
+    chosen = where + inputs
+    source = chosen + keep
     entry = source + keep
     possible = tl.full((), 0, tl.int32)
     for first in range(0, inputs, BLOCK):
@@ -274,7 +274,7 @@ def choose(
         tie = (ranks == high).to(tl.int32)
         taken = (ranks <= low) | ((tie == 1) & (tied + tl.cumsum(tie, axis=0) - tie < ties))
         ones = taken.to(tl.int32)
-        tl.store(fresh + members + tl.cumsum(ones, axis=0) - ones, column, mask=taken)
+        tl.store(chosen + members + tl.cumsum(ones, axis=0) - ones, column, mask=taken)
         members += tl.sum(ones, axis=0)
         tied += tl.sum(tie, axis=0)
     old_index = _field(row, INDEX, tl.int32)
@@ -285,7 +285,7 @@ def choose(
         tl.debug_barrier()
         for first in range(0, keep, BLOCK):
             place = first + lane
-            column = tl.load(fresh + place, mask=place < wanted, other=-1)
+            column = tl.load(chosen + place, mask=place < wanted, other=-1)
             before = tl.load(where + column, mask=column >= 0, other=-1)  # or whatever lay there
             kept = (before >= 0) & (before < old_keep)
             kept = kept & (tl.load(old_index + before, mask=kept, other=-1) == column)
@@ -296,7 +296,7 @@ def choose(
     tl.debug_barrier()  # all of the old selection is read before any of the new one is written
     for first in range(0, keep, BLOCK):
         place = first + lane
-        column = tl.load(fresh + place, mask=place < wanted, other=-1)
+        column = tl.load(chosen + place, mask=place < wanted, other=-1)
         tl.store(_field(row, NEW_INDEX, tl.int32) + place, column, mask=place < keep)
         if CARRY:
             stamp = tl.load(entry + place, mask=place < keep, other=0)

@@ -41,8 +41,8 @@ def new_head(model: PreTrainedModel, classes: int, seed: int) -> Head:
     config.num_labels = classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = type(model)(config)
-    return {name: part.to(model.device) for name, part in head_of(fresh).items()}
+        untrained = type(model)(config)
+    return {name: part.to(model.device) for name, part in head_of(untrained).items()}
 
 
 def backbone(model: PreTrainedModel) -> dict[str, Tensor]:

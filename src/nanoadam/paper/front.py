@@ -193,7 +193,7 @@ class _Bench:
         norms.set_momentum(self.model, front.momentum)
         self.starts = functools.lru_cache(maxsize=8)(functools.partial(torch.load, map_location=device))
 
-    def fresh(self, job: Job) -> Any:
+    def new_model(self, job: Job) -> Any:
         """A model of its own, in training mode."""
         model = copy.deepcopy(self.model)
         if job.norms == "frozen":
@@ -247,7 +247,7 @@ def _fit(front: Front, bench: _Bench, model: Any, optimizer: Any, task: int, see
 
 
 def _task1(front: Front, job: Job, bench: _Bench, folder: Path) -> dict[str, Any]:
-    method, model = front.methods[job.method], bench.fresh(job)
+    method, model = front.methods[job.method], bench.new_model(job)
     before = forgetting.backbone(model)
     forgetting.put_head(model, forgetting.new_head(model, bench.task1[0].classes, seed=2 * job.seed))
     optimizer = _optimizer(dataclasses.replace(method, dense_rate=None), model, job.rate, job.seed)
@@ -263,7 +263,7 @@ def _task1(front: Front, job: Job, bench: _Bench, folder: Path) -> dict[str, Any
 
 def _task2(front: Front, job: Job, bench: _Bench, folder: Path) -> dict[str, Any]:
     assert job.start is not None
-    method, model = front.methods[job.method], bench.fresh(job)
+    method, model = front.methods[job.method], bench.new_model(job)
     pretrained = forgetting.backbone(model)
     start = bench.starts(_weights(folder, job.start))
     old = forgetting.new_head(model, bench.task1[0].classes, seed=0)
@@ -319,7 +319,7 @@ def run(
             everything in this process.
         seconds: no run begins later than this.
         device: "auto" or "cpu".
-        progress: told after each run.
+        progress: called after each run.
 
     Returns:
         The lines, in the order of the jobs.

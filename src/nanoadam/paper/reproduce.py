@@ -56,7 +56,7 @@ def run(
         data: a folder of local copies of its data, laid out as its recipe says.
         model: a folder with its model, or with a folder for each of its models.
         jobs: runs at once, where the experiment can be spread over processes.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Returns:
         `{"name", "scale", "title", "rows": [...], "notes": [...], "seconds"}`; seconds since it was begun or last

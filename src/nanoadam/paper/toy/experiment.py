@@ -62,7 +62,7 @@ def reproduce(scale: str, out: Path, progress: Progress | None = None) -> dict[s
     Args:
         scale: "full" (10 seeds, 10,000 + 10,000 steps) or "smoke" (2 seeds, 40 + 40 steps: does it run).
         out: the run folder; new or empty.
-        progress: told what is done.
+        progress: called with what is done.
 
     Returns:
         `readings` (by name, a result of `run_many` for each number of extra neurons), `grid`, `rates` and `others`

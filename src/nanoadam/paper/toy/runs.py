@@ -117,7 +117,7 @@ def run_many(
 
     Args:
         configs: what to run.
-        progress: told before each batch.
+        progress: called before each batch.
         record: numbers of finetuning steps after which to keep loss and distance.
 
     Returns:
