@@ -8,8 +8,9 @@ import torch
 from networks import Network, batch, bits, loss_of
 from torch import nn
 
+import processes
 from nanoadam import linear, param_groups
-from nanoadam.distributed import Drifted, replicate
+from nanoadam.distributed import Drifted, prepare_ddp, replicate
 from nanoadam.gradients import SelectedGradient
 from nanoadam.optimizer import NanoAdam
 
@@ -71,29 +72,50 @@ def on_one(size, name):
     return bits(model)
 
 
-def long(rank, size, granularity, steps=80):
-    """Many steps with everything that could lead replicas apart."""
+def long(rank, size, granularity, steps=80, how="replicas"):
+    """Many steps with everything that could lead replicas apart; also where DDP exchanges, or leaves a part to them."""
     model = Network(norm="batch").to(torch.bfloat16)
     groups = param_groups(model, granularity=granularity)
     opt = NanoAdam(
         groups, lr=1e-2, density=linear(0.3, 0.1, total_steps=60, interval=15), mask_interval=7, weight_decay=0.01
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    replica = replicate(model, opt, bucket_bytes=1500)
-    begun = bits(model)
+    if how == "replicas":
+        called, no_sync = model, replicate(model, opt, bucket_bytes=1500).no_sync
+    else:
+        beside = prepare_ddp(model, opt) if how == "prepared DDP" else None
+        called = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        no_sync = called.no_sync
+
+    def trained():
+        """DDP sends the buffers of the first process before a forward: after it they differ."""
+        return (
+            bits(model) if how == "replicas" else torch.cat([p.detach().view(-1).double() for p in model.parameters()])
+        )
+
+    begun = trained()
     seen = []
     for step in range(steps):
         for micro in range(2 if step % 4 == 0 else 1):
-            with replica.no_sync() if micro == 0 and step % 4 == 0 else contextlib.nullcontext():
-                loss_of(model, rank, 2 * step + micro).backward()
+            with no_sync() if micro == 0 and step % 4 == 0 else contextlib.nullcontext():
+                loss_of(called, rank, 2 * step + micro).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         if step % 10 == 0:
-            seen += [norm.double().view(1), bits(model)]
+            seen += [norm.double().view(1), trained()]
         opt.step()
         opt.zero_grad(set_to_none=step % 2 == 0)
         scheduler.step()
-    assert not torch.equal(begun, bits(model))
-    return torch.cat([*seen, bits(model)])
+    assert not torch.equal(begun, trained())
+    if how == "prepared DDP":
+        assert beside.names
+    return torch.cat([*seen, trained()])
+
+
+LONG = [("weight", "replicas"), ("column", "replicas"), ("weight", "prepared DDP"), ("weight", "DDP")]
+
+
+def two_hundred(rank, size):
+    return [long(rank, size, granularity, steps=200, how=how) for granularity, how in LONG]
 
 
 def caught(function, *errors):
@@ -268,6 +290,16 @@ def test_replicas_stay_the_same_bit_for_bit(ends, request):
     first, *others = (end["long"] for end in request.getfixturevalue(ends))
     assert first.isfinite().all()
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_stay_the_same_bit_for_bit_for_200_steps(size):
+    first, *others = processes.run(size, two_hundred)
+    for other in others:
+        for (granularity, how), mine, theirs in zip(LONG, first, other, strict=True):
+            assert mine.isfinite().all()
+            assert torch.equal(mine, theirs), (granularity, how)
 
 
 def test_no_sync_sends_nothing_and_its_gradients_go_with_the_next(two):

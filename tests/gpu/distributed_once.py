@@ -54,9 +54,9 @@ def replicas_equal(name):
     return check
 
 
-def replicas_long(granularity):
+def replicas_long(granularity, how):
     def check(rank, size):
-        alike(everybody(test_replicate.long(rank, size, granularity)))
+        alike(everybody(test_replicate.long(rank, size, granularity, steps=200, how=how)))
         return "bit for bit the same for 200 steps"
 
     return check
@@ -194,8 +194,9 @@ def accelerate_fsdp2(rank, size):
 
 CHECKS = {
     **{f"replicate, {name}": replicas_equal(name) for name in test_replicate.EQUAL},
-    "replicate, 200 steps": replicas_long("weight"),
-    "replicate, 200 steps, columns": replicas_long("column"),
+    **{
+        f"{how}, 200 steps, {granularity}s": replicas_long(granularity, how) for granularity, how in test_replicate.LONG
+    },
     "replicate, untouched parameters": untouched,
     "replicate, drift": drift("weights", "steps"),
     **{f"FSDP2, {name}": shards_equal(name) for name in test_shards.EQUAL},
