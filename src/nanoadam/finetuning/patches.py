@@ -201,6 +201,8 @@ class PatchCheckpoints:
         if self.patch_base is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
+        if not self.args.should_save:  # type: ignore[attr-defined]
+            return
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
         save(

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from nanoadam import delta
 from nanoadam.baselines.adapters import merged, pretrained
-from nanoadam.finetuning import card, folders, optimizers, outcome, patches, rates, retain, training
+from nanoadam.finetuning import card, folders, optimizers, outcome, patches, processes, rates, retain, training
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.folders import RunError
@@ -78,16 +78,20 @@ def run(config: Config, out: Path, progress: Progress | None = None, watch: Watc
             if another process is writing to `out`.
     """
     config = config.resolved()
-    if out.exists():
+    _join(config)
+    out, first = processes.shared(out), processes.first()  # its name may hold the time
+    if first and out.exists():
         folders.prepare_folder(out)
     with _threads(config.threads):
         job = prepare(config)
-        with folders.new_folder(out):
+        with folders.new_folder(out) if first else contextlib.nullcontext():
+            _check_seen(out)
             tell = progress or (lambda _: None)
             tell({"step": 0, "total": job.plan.total_steps, "about": outcome.beginning(job)})
             found = rates.chosen(job, tell)
             job.config = found.written(job.config)
-            folders.write(out / "config.toml", job.config.to_toml())
+            if first:
+                folders.write(out / "config.toml", job.config.to_toml())
             return _run(job, out, None, progress, watch, {"learning_rate": found.to_dict()})
 
 
@@ -107,8 +111,28 @@ def resume(out: Path, progress: Progress | None = None, keys: dict[str, Any] | N
     """
     if not (out / "config.toml").is_file():
         raise ValueError(f"{out} is no run folder: it holds no config.toml")
-    with folders.alone(out):
+    _join(Config(**configs.read(out / "config.toml")))
+    with folders.alone(out) if processes.first() else contextlib.nullcontext():
         return _resume(out, progress, keys or {})
+
+
+def _join(config: Config) -> None:
+    """Meet the other processes of this run, if there are any."""
+    processes.join(config.device == "cpu")
+    if config.batch_size < processes.count():
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared out among {processes.count()} processes: give a "
+            "--batch-size that has a row for each of them"
+        )
+
+
+def _check_seen(out: Path) -> None:
+    """Wait for the first process's folder, which all read checkpoints from."""
+    processes.wait()
+    if not out.is_dir():
+        raise ValueError(
+            f"{out} is there on the first process's machine only: give --out a folder that all machines see"
+        )
 
 
 def ensure(config: Config, out: Path) -> dict[str, Any]:
@@ -147,6 +171,7 @@ def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[
     config = dataclasses.replace(written, **keys)
     checkpoint = last_checkpoint(out / "checkpoints")
     changed = _changed(out, config, manifest) if checkpoint is not None else {}
+    processes.wait()  # all have read the folder before the first one writes to it
     with _threads(config.threads):
         job = prepare(config)
         for split in ("train", "validation"):
@@ -155,7 +180,8 @@ def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[
                 raise ValueError(
                     f"the {split} data is not what it was when {out} began: a resumed run would be neither"
                 )
-        folders.write(out / "config.toml", job.config.to_toml())
+        if processes.first():
+            folders.write(out / "config.toml", job.config.to_toml())
         about = outcome.beginning(job)
         if changed:
             about += [f"from step {training.step_of(checkpoint)} on: {key} {new}, was {old}" if checkpoint else ""
@@ -210,9 +236,11 @@ def _run(
 ) -> dict[str, Any]:
     """Train, measure, write."""
     config, model = job.config, job.task.model
-    base = delta.snapshot(model) if config.save_model and config.save != "model" else None
+    first = processes.first()
+    base = delta.snapshot(model) if first and config.save_model and config.save != "model" else None
     before = {
-        name: p.detach().to("cpu", copy=True) if base is None else base[name] for name, p in pretrained(model).items()
+        name: p.detach().to("cpu", copy=True) if base is None else base[name]
+        for name, p in (pretrained(model) if first else {}).items()
     }
     metrics = training.Metrics(out / "metrics.jsonl", checkpoint, progress, config.head_learning_rate is not None)
     trainer = training.trainer_for(job, out, metrics, changed)
@@ -222,41 +250,47 @@ def _run(
         trainer.add_callback(watch(model))
     known = retain.before(job.measures, config, model)
     manifest = {**_manifest(job, trainer), **(more or {}), "started": _now(), "results": None}
-    folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    if first:
+        folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     _train(job, trainer, checkpoint)
-    lines = folders.read_lines(out / "metrics.jsonl")
-    if config.best:
-        _take_best(trainer, out, lines)
-        lines = folders.read_lines(out / "metrics.jsonl")
+    processes.wait()  # the best weights are on the disk
+    if config.best and training.put_best(model, out / "checkpoints"):
+        trainer.evaluate()
     if trainer.seen is None:
         trainer.evaluate()
+    assert trainer.seen is not None
     job.task.finish()
     whole = merged(model)
-    results = {
-        **outcome.measured(job, lines),
-        **distance(whole, before),
-        "memory": _memory(lines),
-        "seconds_per_step": _seconds_per_step([line for line in lines if line["event"] == "train"]),
-        "retained": retain.compared(known, {name: measure(whole) for name, measure in job.measures.items()}),
-    }
-    assert trainer.seen is not None
+    after = {name: measure(whole) for name, measure in job.measures.items()}
     details = job.task.details(trainer.seen, config.samples)
-    results["notes"] = [*outcome.notes(job, results, lines), *details.pop("notes", ())]
-    manifest = {**manifest, "results": results, "details": details, "finished": _now()}
-    if config.save_model and config.save != "delta":
-        with folders.whole_folder(out / "model") as folder:
-            whole.save_pretrained(str(folder))
-            job.task.processor.save_pretrained(str(folder))
-            folders.write(folder / "README.md", card.card(manifest))
-    if base is not None:
-        with folders.whole_folder(out / "delta") as folder:
-            new, processor = patches.new_tensors(model), job.task.processor
-            patches.save(folder, model, base, name=config.model, new=new, processor=processor)
-    folders.write(out / "report.html", report.page(manifest, lines))
-    folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    return results
+
+    def write() -> dict[str, Any]:
+        lines = folders.read_lines(out / "metrics.jsonl")
+        results = {
+            **outcome.measured(job, lines),
+            **distance(whole, before),
+            "memory": _memory(lines),
+            "seconds_per_step": _seconds_per_step([line for line in lines if line["event"] == "train"]),
+            "retained": retain.compared(known, after),
+        }
+        results["notes"] = [*outcome.notes(job, results, lines), *details.pop("notes", ())]
+        done = {**manifest, "results": results, "details": details, "finished": _now()}
+        if config.save_model and config.save != "delta":
+            with folders.whole_folder(out / "model") as folder:
+                whole.save_pretrained(str(folder))
+                job.task.processor.save_pretrained(str(folder))
+                folders.write(folder / "README.md", card.card(done))
+        if base is not None:
+            with folders.whole_folder(out / "delta") as folder:
+                new, processor = patches.new_tensors(model), job.task.processor
+                patches.save(folder, model, base, name=config.model, new=new, processor=processor)
+        folders.write(out / "report.html", report.page(done, lines))
+        folders.write(out / "manifest.json", json.dumps(done, indent=2) + "\n")
+        return results
+
+    return processes.by_first(write)
 
 
 def _train(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> None:
@@ -276,12 +310,6 @@ def _train(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> N
     broken = training.broken_weight(job.task.model)
     if broken is not None:
         raise Diverged(f"the weight {broken} is not finite after step {job.plan.total_steps}: {trainer.kept()}. {CURE}")
-
-
-def _take_best(trainer: training.RunTrainer, out: Path, lines: list[dict[str, Any]]) -> None:
-    """The weights of the best evaluation, measured again where they are not the last ones."""
-    if training.put_best(trainer.model, out / "checkpoints"):  # type: ignore[arg-type]
-        trainer.evaluate()
 
 
 def _now() -> str:
@@ -324,7 +352,7 @@ def _manifest(job: Job, trainer: training.RunTrainer) -> dict[str, Any]:
         "kind": "finetuning run: one model, one data set, one optimizer, one seed",
         "pseudocode": folders.PSEUDOCODE if optimizers.by_nanoadam(job.config) else about["source"],
         "optimizer": about,
-        **folders.environment(device=str(trainer.args.device)),
+        **folders.environment(device=str(trainer.args.device), processes=processes.count()),
         "data": job.sources,
         "model": {
             "name": job.config.model,

@@ -18,10 +18,11 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
-from nanoadam.finetuning import folders, optimizers
+from nanoadam.finetuning import folders, optimizers, processes
 from nanoadam.finetuning.folders import RunError
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.patches import PatchCheckpoints
+from nanoadam.finetuning.sharing import SharedTrainer
 
 CURE = "Try a lower learning rate, warm-up or max_grad_norm; --resume RUN --learning-rate 1e-5 goes on with another"
 
@@ -122,7 +123,7 @@ def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] |
     return trainer
 
 
-class RunTrainer(PatchCheckpoints, Trainer):
+class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
     """Stops at a loss that is not finite, and writes checkpoints, or patches in them, whole or not at all."""
 
     keep = 1
@@ -201,12 +202,16 @@ class RunTrainer(PatchCheckpoints, Trainer):
         final = self._checkpoints() / f"checkpoint-{step}"
         self._staging = final.parent / ".writing"
         try:
-            shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
+            if processes.first():
+                shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
+            processes.wait()
             super()._save_checkpoint(model, trial)
             watcher = next((c for c in self.callback_handler.callbacks if isinstance(c, NanoAdamCallback)), None)
-            if watcher is not None and watcher.touched is not None:
+            if watcher is not None and watcher.touched is not None and processes.first():
                 watcher.touched.save(self._staging / final.name / TOUCHED)
-            folders.publish(self._staging / final.name, final)
+            processes.wait()  # each has written its random state
+            if processes.first():
+                folders.publish(self._staging / final.name, final)
         except Exception as error:  # torch, safetensors and the system each have a kind of their own for a full disk
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RunError(
@@ -214,13 +219,18 @@ class RunTrainer(PatchCheckpoints, Trainer):
                 "disk, then go on with --resume"
             ) from error
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if processes.first():
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        rotate_checkpoints(str(final.parent), self.keep)
+        if processes.first():
+            rotate_checkpoints(str(final.parent), self.keep)
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint."""
+    """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint.
+
+    Of several processes the first one writes.
+    """
 
     def __init__(self, path: Path, checkpoint: Path | None, progress: Progress | None, own_head: bool) -> None:
         self._path = path
@@ -229,6 +239,8 @@ class Metrics(TrainerCallback):
         self._times: list[float] = []
         self._clock = 0.0
         self._memory: dict[str, int] = {}
+        if not processes.first():
+            return
         done = -1 if checkpoint is None else step_of(checkpoint)
         kept = [line for line in folders.read_lines(path) if line["step"] <= done]
         folders.write(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -275,8 +287,9 @@ class Metrics(TrainerCallback):
             self._times = []
         else:
             return
-        folders.append(self._path, line)
-        self._progress({"total": state.max_steps, **line})
+        if processes.first():
+            folders.append(self._path, line)
+            self._progress({"total": state.max_steps, **line})
 
 
 _SPEEDS = ("_runtime", "_per_second", "_preparation_time")
@@ -301,6 +314,8 @@ class Best(TrainerCallback):
         merit = self._sign * kwargs["metrics"].get(f"eval_{self._metric}", math.nan)
         if state.global_step and merit > self._best:
             self._best = merit
+            if not processes.first():
+                return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(".partial")
             save_file(_trained(kwargs["model"]), str(temporary), {"step": str(state.global_step)})
