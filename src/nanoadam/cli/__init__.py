@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{sentence} (see {path} --help)")
     if result == 130 and processes.first():
         print("nanoadam: interrupted", file=sys.stderr)
-    return result if isinstance(result, int) else 0
+    return processes.leave(result if isinstance(result, int) else 0)
 
 
 GRACE = 10.0
@@ -82,8 +82,8 @@ def _refuse(sentence: str) -> int:
     if not processes.first():  # it may have gone wrong here only
         time.sleep(GRACE)
         who = f"process {processes.rank()}: "
-    print(f"nanoadam: {who}{' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    return 2
+    print(f"nanoadam: {who}{' '.join(sentence.split())}", file=sys.stderr)
+    return processes.leave(2)
 
 
 def _show_version(wanted: bool) -> None:

@@ -53,7 +53,6 @@ def finetune(
     folder = resume or out or new_folder("finetune")
     with training_progress(silent=as_json or not processes.first()) as tell:
         results = single.resume(folder, tell, keys) if settings is None else single.run(settings, folder, tell)
-    processes.leave()
     if not processes.first():
         return
     if as_json:

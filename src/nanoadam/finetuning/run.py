@@ -15,7 +15,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from nanoadam import delta
 from nanoadam.baselines.adapters import merged, pretrained
-from nanoadam.finetuning import card, folders, optimizers, outcome, patches, processes, rates, retain, training
+from nanoadam.finetuning import card, folders, optimizers, outcome, patches, processes, rates, retain, shards, training
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.folders import RunError
@@ -43,7 +43,7 @@ APPLIED = ("learning_rate", "head_learning_rate", "eps", "max_grad_norm")
 
 FREE = (
     "eval_batch_size", "eval_every", "save_every", "save_model", "save", "keep_checkpoints", "log_every", "samples",
-    "device", "threads", "metric", "trust_remote_code", "allow_pickle",
+    "device", "shard", "threads", "metric", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 """Keys that may be changed, and change nothing of what is learned."""
 
@@ -119,6 +119,7 @@ def resume(out: Path, progress: Progress | None = None, keys: dict[str, Any] | N
 def _join(config: Config) -> None:
     """Meet the other processes of this run, if there are any."""
     processes.join(config.device == "cpu")
+    shards.check(config)
     if config.batch_size < processes.count():
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out among {processes.count()} processes: give a "
@@ -249,6 +250,10 @@ def _run(
     if watch is not None:
         trainer.add_callback(watch(model))
     known = retain.before(job.measures, config, model)
+    if trainer.spread:
+        if checkpoint is not None:
+            trainer._load_from_checkpoint(str(checkpoint))
+        shards.shard(model)
     manifest = {**_manifest(job, trainer), **(more or {}), "started": _now(), "results": None}
     if first:
         folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -265,12 +270,13 @@ def _run(
     whole = merged(model)
     after = {name: measure(whole) for name, measure in job.measures.items()}
     details = job.task.details(trainer.seen, config.samples)
+    gathered = shards.tensors(model) if trainer.spread else None
 
     def write() -> dict[str, Any]:
         lines = folders.read_lines(out / "metrics.jsonl")
         results = {
             **outcome.measured(job, lines),
-            **distance(whole, before),
+            **distance(dict(whole.named_parameters()) if gathered is None else gathered, before),
             "memory": _memory(lines),
             "seconds_per_step": _seconds_per_step([line for line in lines if line["event"] == "train"]),
             "retained": retain.compared(known, after),
@@ -279,13 +285,13 @@ def _run(
         done = {**manifest, "results": results, "details": details, "finished": _now()}
         if config.save_model and config.save != "delta":
             with folders.whole_folder(out / "model") as folder:
-                whole.save_pretrained(str(folder))
+                whole.save_pretrained(str(folder), state_dict=gathered)
                 job.task.processor.save_pretrained(str(folder))
                 folders.write(folder / "README.md", card.card(done))
         if base is not None:
             with folders.whole_folder(out / "delta") as folder:
                 new, processor = patches.new_tensors(model), job.task.processor
-                patches.save(folder, model, base, name=config.model, new=new, processor=processor)
+                patches.save(folder, model, base, name=config.model, new=new, processor=processor, tensors=gathered)
         folders.write(out / "report.html", report.page(done, lines))
         folders.write(out / "manifest.json", json.dumps(done, indent=2) + "\n")
         return results
@@ -307,7 +313,7 @@ def _train(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> N
         trainer.seen = None
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    broken = training.broken_weight(job.task.model)
+    broken = shards.broken_weight(job.task.model)
     if broken is not None:
         raise Diverged(f"the weight {broken} is not finite after step {job.plan.total_steps}: {trainer.kept()}. {CURE}")
 
@@ -332,16 +338,16 @@ def _seconds_per_step(trained: list[dict[str, Any]]) -> float:
     return float(sum(steps * seconds for steps, seconds in spans) / sum(steps for steps, _ in spans))
 
 
-def distance(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
+def distance(now: Mapping[str, Tensor], before: dict[str, Tensor]) -> dict[str, float]:
     """How far from where it began: share of the trained weights whose bits differ, and the l2 norm of the change."""
     changed, total, square = 0, 0, 0.0
-    for name, parameter in model.named_parameters():
+    for name, parameter in now.items():
         if name in before:
-            now = parameter.detach()
-            then = before[name].to(now.device)
-            changed += int((now != then).sum())
-            total += now.numel()
-            square += float((now.float() - then.float()).square().sum(dtype=torch.float64))
+            value = parameter.detach()
+            then = before[name].to(value.device)
+            changed += int((value != then).sum())
+            total += value.numel()
+            square += float((value.float() - then.float()).square().sum(dtype=torch.float64))
     return {"touched": changed / max(1, total), "l2_moved": math.sqrt(square)}
 
 
@@ -356,7 +362,7 @@ def _manifest(job: Job, trainer: training.RunTrainer) -> dict[str, Any]:
         "data": job.sources,
         "model": {
             "name": job.config.model,
-            "class": type(model).__name__,
+            "class": type(model).__name__.removeprefix("FSDP"),
             "parameters": sum(p.numel() for p in model.parameters()),
             "commit": getattr(model.config, "_commit_hash", None),
             "head": job.task.head,

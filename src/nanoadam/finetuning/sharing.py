@@ -153,13 +153,17 @@ class SharedTrainer:
         model = me.model
         model.eval()
         turns: Turns = dataloader.batch_sampler
-        mine = []
-        for inputs in dataloader:
-            with me.accelerator.autocast():
-                loss, logits, labels = me.prediction_step(model, inputs, False, ignore_keys=ignore_keys)
-            if me.preprocess_logits_for_metrics is not None:
-                logits = me.preprocess_logits_for_metrics(logits, labels)
-            mine.append(send_to_device(nested_detach((loss, logits, labels)), "cpu"))  # type: ignore[no-untyped-call]
+        mine, across = [], me.args.average_tokens_across_devices
+        me.args.average_tokens_across_devices = False  # these are whole batches
+        try:
+            for inputs in dataloader:
+                with me.accelerator.autocast():
+                    loss, logits, labels = me.prediction_step(model, inputs, False, ignore_keys=ignore_keys)
+                if me.preprocess_logits_for_metrics is not None:
+                    logits = me.preprocess_logits_for_metrics(logits, labels)
+                mine.append(send_to_device(nested_detach((loss, logits, labels)), "cpu"))  # type: ignore[no-untyped-call]
+        finally:
+            me.args.average_tokens_across_devices = across
         everybody = processes.gathered(mine)
         ordered = [each for number in zip(*everybody, strict=True) for each in number][: len(turns.batches)]
         losses, predictions, label_ids = (EvalLoopContainer(True, padding_index=IGNORED) for _ in range(3))

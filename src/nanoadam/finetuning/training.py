@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
-from nanoadam.finetuning import folders, optimizers, processes
+from nanoadam.finetuning import folders, optimizers, processes, shards
 from nanoadam.finetuning.folders import RunError
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.patches import PatchCheckpoints
@@ -52,11 +53,6 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint is of."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def broken_weight(model: nn.Module) -> str | None:
-    """The name of a weight that is not finite."""
-    return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
 
 
 def arguments_for(job: Job, folder: Path, total_steps: int, **options: Any) -> TrainingArguments:
@@ -115,7 +111,7 @@ def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] |
     )  # fmt: skip
     callbacks: list[TrainerCallback] = [Changed(job)] if changed else []  # before what compares options
     if optimizers.by_nanoadam(config):
-        callbacks.append(NanoAdamCallback(config.log_touched))
+        callbacks.append(NanoAdamCallback(config.log_touched and not shards.wanted(config)))
     if config.best:
         callbacks.append(Best(out / "checkpoints", task.metric, task.higher_is_better))
     trainer = RunTrainer.of(job, arguments, [*callbacks, metrics])
@@ -129,6 +125,10 @@ class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
     keep = 1
     seen: EvalPrediction | None = None
     _staging: Path | None = None
+
+    def __init__(self, *args: Any, spread: bool = False, **kwargs: Any) -> None:
+        self.spread = spread  # over the processes: the model is sharded
+        super().__init__(*args, **kwargs)
 
     @classmethod
     def of(
@@ -156,6 +156,7 @@ class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
             preprocess_logits_for_metrics=task.preprocess_logits,
             optimizer_cls_and_kwargs=job.optimizer,
             callbacks=callbacks,
+            spread=shards.wanted(job.config),
         )
         if job.config.task != "causal-lm":
             # Classifiers swallow the count of items and divide by nothing, so accumulated gradients would be a sum.
@@ -183,6 +184,47 @@ class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
             return None
         return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.spread:  # otherwise it goes there block by block
+            super()._move_model_to_device(model, device)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """In place of what accelerate puts into the model's forward pass where it is not spread."""
+        return self.accelerator.autocast() if self.spread else super().autocast_smart_context_manager(cache_enabled)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights as one process would write them."""
+        if not self.spread:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = shards.tensors(self.model)  # type: ignore[arg-type]
+        if processes.first():
+            self._save(output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.spread:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = shards.optimizer_state(unwrap(self.optimizer))  # type: ignore[arg-type]
+        if processes.first():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.spread or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        shards.load_optimizer_state(unwrap(self.optimizer), state)  # type: ignore[arg-type]
+        self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[union-attr]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not shards.sharded(self.model):  # type: ignore[arg-type]  # they were loaded before they were spread
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _checkpoints(self) -> Path:
         return Path(str(self.args.output_dir))
 
@@ -196,7 +238,7 @@ class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        broken = broken_weight(model)
+        broken = shards.broken_weight(model)
         if broken is not None:
             raise Diverged(f"the weight {broken} is not finite after step {step}: {self.kept()}. {CURE}")
         final = self._checkpoints() / f"checkpoint-{step}"
@@ -314,17 +356,18 @@ class Best(TrainerCallback):
         merit = self._sign * kwargs["metrics"].get(f"eval_{self._metric}", math.nan)
         if state.global_step and merit > self._best:
             self._best = merit
+            found = _trained(kwargs["model"])
             if not processes.first():
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(".partial")
-            save_file(_trained(kwargs["model"]), str(temporary), {"step": str(state.global_step)})
+            save_file(found, str(temporary), {"step": str(state.global_step)})
             temporary.replace(self._path)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """Weights that training changes, and statistics, by name."""
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: shards.whole(p.detach()).contiguous() for name, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
     buffers = {name: b.contiguous() for name, b in model.named_buffers() if name in state}
     return {**weights, **buffers}
@@ -336,9 +379,8 @@ def put_best(model: nn.Module, folder: Path) -> bool:
     if not path.is_file():
         return False
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for name, value in load_file(path).items():
-            now[name].copy_(value)
+    for name, value in load_file(path).items():
+        shards.put(now[name], value)
     return True
 
 
