@@ -51,7 +51,7 @@ def shard(model: nn.Module) -> None:
     for module in reversed(list(model.modules())):
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
-    # Otherwise what is outside of blocks stays whole after a forward pass, and whoever reads weights meets plain tensors.
+    # What is outside of blocks would stay whole after a forward pass, and who reads weights would meet plain tensors.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model._is_accelerate_prepared = True  # type: ignore[assignment]  # accelerate would wrap it in DDP
 
