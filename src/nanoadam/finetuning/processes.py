@@ -1,6 +1,6 @@
 """Several processes that make one run, as torchrun or `accelerate launch` start them: the first writes and speaks.
 
-With one process everything here does nothing.
+With one process everything here does nothing. The command imports it, so torch is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import datetime
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -39,7 +39,11 @@ def first() -> bool:
 
 def joined() -> bool:
     """Whether this process has met the others."""
-    return count() > 1 and dist.is_available() and dist.is_initialized()
+    if count() < 2:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
 
 
 def join(cpu: bool) -> None:
@@ -56,6 +60,7 @@ def join(cpu: bool) -> None:
                 "does what DeepSpeed ZeRO-3 does)"
             )
     if count() > 1 and not joined():
+        import torch
         from accelerate import PartialState
 
         cpu = cpu or not torch.accelerator.is_available()
@@ -72,6 +77,8 @@ def shared(value: T) -> T:
     """What the first process has, on all."""
     if not joined():
         return value
+    import torch.distributed as dist
+
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     found: T = box[0]
@@ -82,15 +89,19 @@ def gathered(value: T) -> list[T]:
     """What each process has, on all, in their order."""
     if not joined():
         return [value]
+    import torch.distributed as dist
+
     box: list[Any] = [None] * count()
     dist.all_gather_object(box, value)
     return box
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
+def total(value: Tensor) -> Tensor:
     """The sum over all processes, on all."""
     found = value.detach().clone()
     if joined():
+        import torch.distributed as dist
+
         dist.all_reduce(found)
     return found
 

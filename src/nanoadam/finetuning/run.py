@@ -120,6 +120,11 @@ def _join(config: Config) -> None:
     """Meet the other processes of this run, if there are any."""
     processes.join(config.device == "cpu")
     shards.check(config)
+    if processes.count() > 1 and optimizers.options(config).get("release"):
+        raise ValueError(
+            f"{config.optimizer} with release steps before the processes have exchanged gradients: leave out "
+            f"{config.optimizer}.release, or use one process"
+        )
     if config.batch_size < processes.count():
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out among {processes.count()} processes: give a "

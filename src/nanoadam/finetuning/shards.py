@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from nanoadam.distributed.agreement import in_memory
 from nanoadam.finetuning import processes
 from nanoadam.finetuning.config import Config
 from nanoadam.shards import SHARDED, local
@@ -102,6 +103,14 @@ def broken_weight(model: nn.Module) -> str | None:
     if not sharded(model):
         return here
     return next((name for name in processes.gathered(here) if name is not None), None)
+
+
+def drifted(model: nn.Module) -> bool:
+    """Whether replicas have other weights than each other."""
+    if not processes.joined():
+        return False
+    found = [int(in_memory(p).sum(dtype=torch.int64)) for p in model.parameters() if p.requires_grad]
+    return any(theirs != found for theirs in processes.gathered(found))
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:

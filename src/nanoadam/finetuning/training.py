@@ -242,6 +242,11 @@ class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
         if broken is not None:
             raise Diverged(f"the weight {broken} is not finite after step {step}: {self.kept()}. {CURE}")
         final = self._checkpoints() / f"checkpoint-{step}"
+        if not self.spread and shards.drifted(self.model):  # type: ignore[arg-type]
+            raise RunError(
+                f"the processes' weights differ after step {step}: something changes them on each process by itself. "
+                f"{self.kept()}, which one process can go on from"
+            )
         self._staging = final.parent / ".writing"
         try:
             if processes.first():
