@@ -10,6 +10,7 @@ from nanoadam.finetuning import processes
 def several(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(processes, "leave", lambda code: code)  # it ends the process
     monkeypatch.setattr(cli, "GRACE", 0.0)
     return monkeypatch

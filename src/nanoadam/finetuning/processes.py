@@ -23,7 +23,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 def count() -> int:
     """How many there are, before anything of torch.distributed is initialized too."""
     found = os.environ.get("WORLD_SIZE", "1")
-    return int(found) if found.isdecimal() else 1
+    return int(found) if found.isdecimal() and "LOCAL_RANK" in os.environ else 1  # clusters set the one alone
 
 
 def rank() -> int:
