@@ -1,7 +1,13 @@
 """`nanoadam finetune` by several processes: one run, as one process would make it, that any number of them resume."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,13 +15,12 @@ import torch
 import torch.distributed as dist
 from test_checkpoints import folder_for
 
+import processes
 import tiny
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
-
-import contextlib
 
 from transformers import TrainerCallback
 
@@ -143,3 +148,54 @@ def test_parts_are_the_batch(count):
         parts = [sharing.part_of(rows, rank, count) for rank in range(count)]
         assert [row for part in parts for row in part if row >= 0] == rows
         assert all(part for part in parts)
+
+
+def started(*arguments):
+    """The command under torchrun, with two processes."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(processes._free_port()),
+    ]
+    return subprocess.Popen(
+        [*launcher, "-m", "nanoadam", "finetune", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_sentence(tmp_path):
+    process = started("--model", "nothing", "--train", str(tmp_path / "none.csv"), "--out", str(tmp_path / "out"))
+    out, said = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert out == ""
+    assert [line for line in said.splitlines() if line.startswith("nanoadam: ")] == [
+        f"nanoadam: there is no file {tmp_path / 'none.csv'}"
+    ]
+    assert "exitcode  : 2" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path):
+    psutil = pytest.importorskip("psutil")  # comes with accelerate
+    material(tmp_path)
+    arguments = config(tmp_path, epochs=60.0)
+    (tmp_path / "config.toml").write_text(arguments.to_toml())
+    process = started(str(tmp_path / "config.toml"), "--out", str(tmp_path / "out"))
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "out" / "checkpoints").glob("checkpoint-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (second,) = [
+        child.pid for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"
+    ]  # fmt: skip
+    os.kill(second, signal.SIGKILL)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "SIGKILL" in said
+    results = finetune.resume(tmp_path / "out")
+    assert results["steps"] == json.loads((tmp_path / "out" / "manifest.json").read_text())["results"]["steps"] == 240
