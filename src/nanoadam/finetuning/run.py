@@ -8,6 +8,7 @@ takes its name when it is complete.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import json
@@ -254,11 +255,7 @@ def _run(
         trainer.keep_patches_of(config.model, base, patches.new_tensors(model))
     if watch is not None:
         trainer.add_callback(watch(model))
-    known = retain.before(job.measures, config, model)
-    if trainer.spread:
-        if checkpoint is not None:
-            trainer._load_from_checkpoint(str(checkpoint))
-        shards.shard(model)
+    known = _spread(job, trainer, checkpoint) if trainer.spread else retain.before(job.measures, config, model)
     manifest = {**_manifest(job, trainer), **(more or {}), "started": _now(), "results": None}
     if first:
         folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -302,6 +299,18 @@ def _run(
         return results
 
     return processes.by_first(write)
+
+
+def _spread(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> dict[str, dict[str, float]]:
+    """Shard the model, with the weights of a checkpoint if there is one; what is measured of it before training."""
+    model = job.task.model
+    begun = model if checkpoint is None or not job.measures else copy.deepcopy(model)
+    if checkpoint is not None:
+        trainer._load_from_checkpoint(str(checkpoint))
+    shards.shard(model)
+    if begun is not model and job.measures:
+        shards.shard(begun)
+    return {name: measure(begun) for name, measure in job.measures.items()}
 
 
 def _train(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> None:
