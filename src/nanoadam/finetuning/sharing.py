@@ -181,8 +181,8 @@ class SharedTrainer:
         me: Any = self
         losses, predictions, labels = arrays
         metrics = dict(me.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels)))
-        metrics = {f"{prefix}_{name}": value for name, value in denumpify_detensorize(metrics).items()}  # type: ignore[no-untyped-call]
-        metrics[f"{prefix}_loss"] = float(losses.mean())
+        metrics = {"loss": float(losses.mean()), **denumpify_detensorize(metrics)}  # type: ignore[no-untyped-call]
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=metrics, num_samples=count)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
