@@ -1,6 +1,7 @@
 """NanoAdam in a loop of accelerate: accumulation, clipping, a scheduler, and a checkpoint that goes on bit for bit.
 
 Runs in a few seconds and downloads nothing: python examples/accelerate_loop.py [--model NAME]
+On several processes: torchrun --nproc-per-node 2 examples/accelerate_loop.py
 (needs pip install 'nanoadam[finetune]')
 """
 
@@ -10,6 +11,7 @@ import tempfile
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -69,6 +71,7 @@ def train(accelerator: Accelerator, parts: tuple, epochs: int) -> float:
 def make_parts(accelerator: Accelerator, name: str) -> tuple:
     model = make_model(name)
     optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), lr=1e-2, density=0.05, mask_interval=5)
+    nanoadam.distributed.prepare_ddp(model, optimizer)  # with one process nothing happens
     scheduler = CosineAnnealingLR(optimizer, EPOCHS * 16 // ACCUMULATE)
     return accelerator.prepare(
         model, optimizer, DataLoader(TensorDataset(*make_rows(512, 0, name)), batch_size=32), scheduler
@@ -93,6 +96,7 @@ def main() -> None:
     parts = make_parts(accelerator, name)
     first = train(accelerator, parts, EPOCHS // 2)
     with tempfile.TemporaryDirectory() as folder:
+        folder = broadcast_object_list([folder])[0]  # that of the first process, if there are several
         accelerator.save_state(folder)
         last = train(accelerator, parts, EPOCHS - EPOCHS // 2)
 
@@ -100,10 +104,11 @@ def main() -> None:
         resumed = make_parts(accelerator, name)
         accelerator.load_state(folder)
         train(accelerator, resumed, EPOCHS - EPOCHS // 2)
+        accelerator.wait_for_everyone()
 
     pairs = zip(parts[0].parameters(), resumed[0].parameters(), strict=True)
     same = all(torch.equal(a, b) for a, b in pairs)
-    print(f"loss {first:.3f} half-way, {last:.3f} at the end; resumed bit for bit: {same}")
+    accelerator.print(f"loss {first:.3f} half-way, {last:.3f} at the end; resumed bit for bit: {same}")
 
 
 if __name__ == "__main__":

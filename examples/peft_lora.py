@@ -1,6 +1,7 @@
 """LoRA adapters trained by NanoAdam: A and B are matrices that it selects from, the frozen base is left alone.
 
 Runs in a few seconds and downloads nothing: python examples/peft_lora.py [--model NAME]
+It is one process; a loop on several is examples/distributed_loop.py.
 (needs pip install 'nanoadam[finetune]' peft)
 """
 

@@ -1,6 +1,7 @@
 """A plain training loop: accumulation, clipping, a scheduler, and going on from a checkpoint bit for bit.
 
 Runs in a few seconds with the core install alone: python examples/plain_loop.py [--model NAME]
+It is one process; a loop on several is examples/distributed_loop.py.
 (with a model of transformers: pip install 'nanoadam[finetune]')
 """
 

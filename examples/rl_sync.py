@@ -5,6 +5,7 @@ continuous batching; after each step it gets the weights that NanoAdam has moved
 of every tensor.
 
 Runs in about a minute on a CPU and downloads nothing: python examples/rl_sync.py [--model NAME]
+It starts its own second process; the trainer is one.
 (needs pip install 'nanoadam[finetune]' trl)
 """
 

@@ -1,6 +1,7 @@
 """NanoAdam under transformers' Trainer: its schedule, accumulation, clipping, checkpoints and logs.
 
 Runs in a few seconds and downloads nothing: python examples/trainer.py [--model NAME]
+On several processes: torchrun --nproc-per-node 2 examples/trainer.py
 (needs pip install 'nanoadam[finetune]')
 """
 
@@ -77,7 +78,8 @@ def main() -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
-    for line in trainer.state.log_history[:-1]:
+    lines = trainer.state.log_history[:-1] if trainer.is_world_process_zero() else []
+    for line in lines:
         print(
             f"step {line['step']:3}  loss {line['loss']:.3f}  density {line['density']:.2f}  "
             f"touched {line['touched']:.1%}  state {line['memory_state'] / 1e3:.0f} kB  "

@@ -1,6 +1,7 @@
 """NanoAdam under TRL's DPOTrainer, which takes an optimizer that is made already.
 
 Runs in a few seconds and downloads nothing: python examples/trl_dpo.py [--model NAME]
+On several processes: torchrun --nproc-per-node 2 examples/trl_dpo.py
 (needs pip install 'nanoadam[finetune]' trl)
 """
 
@@ -61,6 +62,7 @@ def main() -> None:
     name = parse().model
     model = make_model(name)  # with its adapters, if it has some: the optimizer holds what is there now
     optimizer = nanoadam.NanoAdam(nanoadam.param_groups(model), lr=1e-2, density=0.10, mask_interval=10)
+    nanoadam.distributed.prepare_ddp(model, optimizer)  # under torchrun only selected entries travel then
     rows = [
         {
             "prompt": f"after {NUMBERS[i]} comes",
@@ -93,7 +95,8 @@ def main() -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
-    for line in trainer.state.log_history[:-1]:
+    lines = trainer.state.log_history[:-1] if trainer.is_world_process_zero() else []
+    for line in lines:
         print(
             f"step {line['step']:3}  loss {line['loss']:.3f}  right in {line['rewards/accuracies']:.0%}  "
             f"touched {line['touched']:.1%}"

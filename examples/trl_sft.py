@@ -1,6 +1,7 @@
 """Supervised finetuning of a language model with TRL's SFTTrainer and NanoAdam.
 
 Runs in a few seconds and downloads nothing: python examples/trl_sft.py [--model NAME]
+On several processes: torchrun --nproc-per-node 2 examples/trl_sft.py
 (needs pip install 'nanoadam[finetune]' trl; trl
 is in none of nanoadam's extras: the test of this script is skipped without it)
 """
@@ -86,7 +87,8 @@ def main() -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
-    for line in trainer.state.log_history[:-1]:
+    lines = trainer.state.log_history[:-1] if trainer.is_world_process_zero() else []
+    for line in lines:
         print(f"step {line['step']:3}  loss {line['loss']:.3f}  touched {line['touched']:.1%}")
 
 

@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 from nanoadam import checks
 from nanoadam.gradients import gradient_bytes
 from nanoadam.optimizer import NanoAdam
+from nanoadam.shards import local
 from nanoadam.state import state_bytes
 
 try:
@@ -108,14 +109,14 @@ def _ones(bits: Tensor) -> int:
 
 
 def memory_by_kind(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state at this moment, whatever the optimizer.
+    """Bytes of weights, gradients and optimizer state on this process at this moment, whatever the optimizer.
 
     On a GPU also `peak`, the most that was allocated there since the last
     `torch.cuda.reset_peak_memory_stats()`, and `rest`: what of it is none of the three.
     """
     kinds = {
-        "weights": sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
-        "gradients": sum(gradient_bytes(p.grad) for p in model.parameters() if p.grad is not None),
+        "weights": sum(local(p).nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
+        "gradients": sum(gradient_bytes(local(p.grad)) for p in model.parameters() if p.grad is not None),
         "state": state_bytes(optimizer),
     }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -83,6 +83,26 @@ def prepared(rank, size, bias):
     return ends, sizes
 
 
+def again(rank, size):
+    """A model that has been trained before is trained by a second optimizer."""
+    ends = []
+    for times in (1, 2):
+        model = network(True)
+        for number in range(times):
+            with torch.no_grad():
+                for p, start in zip(model.parameters(), network(True).parameters(), strict=True):
+                    p.copy_(start)
+            opt = NanoAdam(model.parameters(), **OPTIONS)
+            prepare_ddp(model, opt)
+            wrapped = DistributedDataParallel(model)
+            for step in range(8):
+                wrapped(batch(rank, step + 50 * (times - number - 1))).square().mean().backward()
+                opt.step()
+                opt.zero_grad()
+        ends.append(bits(model))
+    return ends
+
+
 def warned(rank, size):
     """What is said, once, where DDP holds gradients whole; and where names do not fit."""
     found = []
@@ -139,6 +159,7 @@ CASES = {  # each makes two processes once: that is what takes time
     "not released": (lambda *args: alone(*args), ({"gradient_release": False}, False)),
     **{("prepared", bias): (prepared, (bias,)) for bias in (True, False)},
     "warned": (warned, ()),
+    "again": (again, ()),
     "by hand": (lambda *args: alone(*args), ({}, True)),
 }
 
@@ -170,6 +191,11 @@ def test_ddp_leaves_what_is_selected_from_to_replicas_beside_it(two, bias):
     selected = 128 + 32 if bias else 128  # of 512 and 128
     agreed = 48 + len(names)
     assert sent == 8 * (4 * selected + agreed)
+
+
+def test_a_second_optimizer_does_not_meet_the_exchange_of_the_first(two):
+    once, twice = two[0]["again"]
+    assert torch.equal(once, twice)
 
 
 def test_one_warning_says_what_whole_gradients_cost(two):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -20,6 +21,7 @@ except ModuleNotFoundError as missing:
 from nanoadam.cli import analyze, bench, compare, delta, demo, finetune, memory, predict, reproduce  # they need typer
 from nanoadam.cli.help import Command
 from nanoadam.cli.options import EXTRAS
+from nanoadam.finetuning import processes
 
 __all__ = ["main"]
 
@@ -66,14 +68,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         for far in (" (Possible options: ", " Did you mean "):  # what the parser finds near is often not
             sentence = sentence.partition(far)[0]
         return _refuse(f"{sentence} (see {path} --help)")
-    if result == 130:
+    if result == 130 and processes.first():
         print("nanoadam: interrupted", file=sys.stderr)
-    return result if isinstance(result, int) else 0
+    return processes.leave(result if isinstance(result, int) else 0)
+
+
+GRACE = 10.0
+"""Seconds in which the first of several processes says what is wrong, and whoever started them ends the others."""
 
 
 def _refuse(sentence: str) -> int:
-    print(f"nanoadam: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2
+    who = ""
+    if not processes.first():  # it may have gone wrong here only
+        time.sleep(GRACE)
+        who = f"process {processes.rank()}: "
+    print(f"nanoadam: {who}{' '.join(sentence.split())}", file=sys.stderr)
+    return processes.leave(2)
 
 
 def _show_version(wanted: bool) -> None:
@@ -91,6 +101,13 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif processes.count() > 1 and context.invoked_subcommand != "finetune":
+        name = context.invoked_subcommand
+        spread = "; --jobs N spreads its runs over the GPUs" if name in ("compare", "reproduce") else ""
+        raise ValueError(
+            f"{name} is one process, and torchrun or accelerate launch has started {processes.count()} of them: start "
+            f"it by itself{spread} (finetune is the command for several processes)"
+        )
 
 
 # In the order of the help; what each is for fits its list.

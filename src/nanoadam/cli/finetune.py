@@ -46,12 +46,15 @@ def finetune(
         raise ValueError(f"--resume goes on with the run's own config: leave out {given}")
     settings = None if resume is not None else Config(**{**(read(config) if config else {}), **(keys or {})})
     need(EXTRAS)
+    from nanoadam.finetuning import processes
     from nanoadam.finetuning import run as single
 
     single.quiet()
     folder = resume or out or new_folder("finetune")
-    with training_progress(silent=as_json) as tell:
+    with training_progress(silent=as_json or not processes.first()) as tell:
         results = single.resume(folder, tell, keys) if settings is None else single.run(settings, folder, tell)
+    if not processes.first():
+        return
     if as_json:
         print(json.dumps({"out": str(folder), **results}))
         return

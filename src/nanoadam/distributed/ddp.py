@@ -52,10 +52,21 @@ class BesideDDP:
         self._parameters: list[Tensor] = [p for _, p in ours]
         self._optimizer = optimizer
         self._others: Any = None  # a wrapper that has them all the same
+        for earlier in list(model._forward_pre_hooks.values()):  # of an optimizer that has trained it before
+            if isinstance(earlier, BesideDDP) and set(map(id, earlier._parameters)) & {id(p) for _, p in ours}:
+                earlier.remove(model)
         if ours:
             before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
             _DDP._set_params_and_buffers_to_ignore_for_model(model, [*before, *self.names])
             self._handle = model.register_forward_pre_hook(self)
+
+    def remove(self, model: nn.Module) -> None:
+        """Exchange nothing from now on; wrappers that come have the tensors again."""
+        self._handle.remove()
+        if self.replica is not None:
+            self.replica.remove()
+        left = [name for name in model._ddp_params_and_buffers_to_ignore if name not in self.names]  # type: ignore[union-attr]
+        _DDP._set_params_and_buffers_to_ignore_for_model(model, left)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, _: Any) -> None:

@@ -170,6 +170,9 @@ class Config:
     keep_checkpoints: int = _key(1, "How many checkpoints to keep.", "output", low=1)
     log_every: int = _key(10, "Steps between lines of metrics.jsonl.", "output", low=1)
     samples: int = _key(8, "How many rows to show with what the model says of them.", "output", low=0)
+    shard: bool = _key(
+        False, "Under torchrun: spread weights, gradients and state over the processes (FSDP2).", "training"
+    )
     device: str = _key("auto", "Where to compute.", "training", ("auto", "cpu"))
     threads: int | None = _key(
         None, "Of the CPU; by default as torch chooses, or a share of the cores under --jobs.", "training", low=1

@@ -6,7 +6,7 @@ from typing import Any
 
 from nanoadam import memory as costs
 from nanoadam import param_groups
-from nanoadam.finetuning import optimizers
+from nanoadam.finetuning import optimizers, processes
 from nanoadam.finetuning.config import ADAPTERS
 from nanoadam.finetuning.job import Job
 from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, number
@@ -51,6 +51,8 @@ def beginning(job: Job) -> list[str]:
         lines.append(f"Memory: {size(own)} for weights, gradients and state{than} (by formula, without activations)")
     plan, batch = job.plan, config.batch_size * config.accumulate
     lines.append(f"Steps: {plan.total_steps:,} of {batch} rows, {plan.steps_per_epoch:,} an epoch")
+    if processes.count() > 1:
+        lines.append(f"Processes: {processes.count()}, which share out each batch of {config.batch_size} rows")
     return lines
 
 

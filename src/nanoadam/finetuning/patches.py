@@ -88,6 +88,7 @@ def save(
     name: str,
     new: Iterable[str] = (),
     processor: Any = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> delta.Patch:
     """Write a finetuned model as a patch: `delta.safetensors`, configuration, tokenizer and a model card.
 
@@ -98,27 +99,29 @@ def save(
         name: folder or hub id of the base model.
         new: tensors that the base's checkpoint does not have, drawn at random.
         processor: tokenizer or image processor.
+        tensors: its state dict; by default what the model holds itself.
 
     Raises:
         DeltaError: if it cannot be written.
     """
     path = Path(name).expanduser()
     shown = path.name if path.exists() else name
-    patch = delta.diff(base, model, name=shown, new=[each for each in new if each in base])
+    tuned, kind = model if tensors is None else tensors, type(model).__name__.removeprefix("FSDP")
+    patch = delta.diff(base, tuned, name=shown, new=[each for each in new if each in base])
     if path.exists():  # so that it can be applied to the folder of a base that was saved without its head
         with contextlib.suppress(delta.DeltaError):
-            patch = dataclasses.replace(patch, prefix=find_prefix(Files(path), tensors_of(model)))
+            patch = dataclasses.replace(patch, prefix=find_prefix(Files(path), tensors_of(tuned)))
     patch.save(folder / delta.FILE)
     config: Any = getattr(model, "config", None)
     if config is not None:
-        config.architectures = [type(model).__name__]
+        config.architectures = [kind]
         config.save_pretrained(str(folder))
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(str(folder))
     if processor is not None:
         processor.save_pretrained(str(folder))
-    (folder / README).write_text(card(patch, type(model).__name__), encoding="utf-8")
+    (folder / README).write_text(card(patch, kind), encoding="utf-8")
     return patch
 
 
@@ -201,6 +204,8 @@ class PatchCheckpoints:
         if self.patch_base is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
+        if not self.args.should_save:  # type: ignore[attr-defined]
+            return
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
         save(
@@ -210,6 +215,7 @@ class PatchCheckpoints:
             name=self.patch_name,
             new=self.patch_new,
             processor=getattr(self, "processing_class", None),
+            tensors=state_dict,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoadam.finetuning import optimizers, search, training
+from nanoadam.finetuning import optimizers, search, shards, training
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.training import Progress
@@ -58,7 +58,9 @@ class Found:
     def words(self) -> str:
         """Why this one."""
         if self.how == "typical":
-            return f"Learning rate: {self.rate:g}, typical of the optimizer; the run is too short to try others"
+            return (
+                f"Learning rate: {self.rate:g}, typical of the optimizer; the run is too short to try others, or spread"
+            )
         tried = ", ".join(f"{rate:.2g}: {loss:.4g}" for rate, loss in sorted(self.trials))
         return (
             f"Learning rate: {self.rate:g}, from {len(self.trials)} trials of {self.steps} steps in "
@@ -77,7 +79,7 @@ def chosen(job: Job, tell: Progress) -> Found:
         return Found(job.config.learning_rate, "given")
     steps = search.trial_steps(job.plan.total_steps)
     held = min(HELD, len(job.task.train) // 4)
-    if not steps or held < 8:
+    if not steps or held < 8 or shards.wanted(job.config):
         found = Found(optimizers.typical(job.config, job.plan.total_steps), "typical")
     else:
         found = _tried(job, steps, held, tell)

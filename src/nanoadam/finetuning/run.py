@@ -8,6 +8,7 @@ takes its name when it is complete.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import json
@@ -15,7 +16,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import TrainerCallback
 
 from nanoadam import delta
 from nanoadam.baselines.adapters import merged, pretrained
-from nanoadam.finetuning import card, folders, optimizers, outcome, patches, rates, retain, training
+from nanoadam.finetuning import card, folders, optimizers, outcome, patches, processes, rates, retain, shards, training
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.folders import RunError
@@ -43,7 +44,7 @@ APPLIED = ("learning_rate", "head_learning_rate", "eps", "max_grad_norm")
 
 FREE = (
     "eval_batch_size", "eval_every", "save_every", "save_model", "save", "keep_checkpoints", "log_every", "samples",
-    "device", "threads", "metric", "trust_remote_code", "allow_pickle",
+    "device", "shard", "threads", "metric", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 """Keys that may be changed, and change nothing of what is learned."""
 
@@ -78,16 +79,20 @@ def run(config: Config, out: Path, progress: Progress | None = None, watch: Watc
             if another process is writing to `out`.
     """
     config = config.resolved()
-    if out.exists():
+    _join(config)
+    out, first = processes.shared(out), processes.first()  # its name may hold the time
+    if first and out.exists():
         folders.prepare_folder(out)
     with _threads(config.threads):
         job = prepare(config)
-        with folders.new_folder(out):
+        with folders.new_folder(out) if first else contextlib.nullcontext():
+            _check_seen(out)
             tell = progress or (lambda _: None)
             tell({"step": 0, "total": job.plan.total_steps, "about": outcome.beginning(job)})
             found = rates.chosen(job, tell)
             job.config = found.written(job.config)
-            folders.write(out / "config.toml", job.config.to_toml())
+            if first:
+                folders.write(out / "config.toml", job.config.to_toml())
             return _run(job, out, None, progress, watch, {"learning_rate": found.to_dict()})
 
 
@@ -107,8 +112,34 @@ def resume(out: Path, progress: Progress | None = None, keys: dict[str, Any] | N
     """
     if not (out / "config.toml").is_file():
         raise ValueError(f"{out} is no run folder: it holds no config.toml")
-    with folders.alone(out):
+    _join(Config(**configs.read(out / "config.toml")))
+    with folders.alone(out) if processes.first() else contextlib.nullcontext():
         return _resume(out, progress, keys or {})
+
+
+def _join(config: Config) -> None:
+    """Meet the other processes of this run, if there are any."""
+    processes.join(config.device == "cpu")
+    shards.check(config)
+    if processes.count() > 1 and optimizers.options(config).get("release"):
+        raise ValueError(
+            f"{config.optimizer} with release steps before the processes have exchanged gradients: leave out "
+            f"{config.optimizer}.release, or use one process"
+        )
+    if config.batch_size < processes.count():
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared out among {processes.count()} processes: give a "
+            "--batch-size that has a row for each of them"
+        )
+
+
+def _check_seen(out: Path) -> None:
+    """Wait for the first process's folder, which all read checkpoints from."""
+    processes.wait()
+    if not out.is_dir():
+        raise ValueError(
+            f"{out} is there on the first process's machine only: give --out a folder that all machines see"
+        )
 
 
 def ensure(config: Config, out: Path) -> dict[str, Any]:
@@ -147,6 +178,7 @@ def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[
     config = dataclasses.replace(written, **keys)
     checkpoint = last_checkpoint(out / "checkpoints")
     changed = _changed(out, config, manifest) if checkpoint is not None else {}
+    processes.wait()  # all have read the folder before the first one writes to it
     with _threads(config.threads):
         job = prepare(config)
         for split in ("train", "validation"):
@@ -155,7 +187,8 @@ def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[
                 raise ValueError(
                     f"the {split} data is not what it was when {out} began: a resumed run would be neither"
                 )
-        folders.write(out / "config.toml", job.config.to_toml())
+        if processes.first():
+            folders.write(out / "config.toml", job.config.to_toml())
         about = outcome.beginning(job)
         if changed:
             about += [f"from step {training.step_of(checkpoint)} on: {key} {new}, was {old}" if checkpoint else ""
@@ -210,9 +243,11 @@ def _run(
 ) -> dict[str, Any]:
     """Train, measure, write."""
     config, model = job.config, job.task.model
-    base = delta.snapshot(model) if config.save_model and config.save != "model" else None
+    first = processes.first()
+    base = delta.snapshot(model) if first and config.save_model and config.save != "model" else None
     before = {
-        name: p.detach().to("cpu", copy=True) if base is None else base[name] for name, p in pretrained(model).items()
+        name: p.detach().to("cpu", copy=True) if base is None else base[name]
+        for name, p in (pretrained(model) if first else {}).items()
     }
     metrics = training.Metrics(out / "metrics.jsonl", checkpoint, progress, config.head_learning_rate is not None)
     trainer = training.trainer_for(job, out, metrics, changed)
@@ -220,43 +255,62 @@ def _run(
         trainer.keep_patches_of(config.model, base, patches.new_tensors(model))
     if watch is not None:
         trainer.add_callback(watch(model))
-    known = retain.before(job.measures, config, model)
+    known = _spread(job, trainer, checkpoint) if trainer.spread else retain.before(job.measures, config, model)
     manifest = {**_manifest(job, trainer), **(more or {}), "started": _now(), "results": None}
-    folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    if first:
+        folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     _train(job, trainer, checkpoint)
-    lines = folders.read_lines(out / "metrics.jsonl")
-    if config.best:
-        _take_best(trainer, out, lines)
-        lines = folders.read_lines(out / "metrics.jsonl")
+    processes.wait()  # the best weights are on the disk
+    if config.best and training.put_best(model, out / "checkpoints"):
+        trainer.evaluate()
     if trainer.seen is None:
         trainer.evaluate()
+    assert trainer.seen is not None
     job.task.finish()
     whole = merged(model)
-    results = {
-        **outcome.measured(job, lines),
-        **distance(whole, before),
-        "memory": _memory(lines),
-        "seconds_per_step": _seconds_per_step([line for line in lines if line["event"] == "train"]),
-        "retained": retain.compared(known, {name: measure(whole) for name, measure in job.measures.items()}),
-    }
-    assert trainer.seen is not None
+    after = {name: measure(whole) for name, measure in job.measures.items()}
     details = job.task.details(trainer.seen, config.samples)
-    results["notes"] = [*outcome.notes(job, results, lines), *details.pop("notes", ())]
-    manifest = {**manifest, "results": results, "details": details, "finished": _now()}
-    if config.save_model and config.save != "delta":
-        with folders.whole_folder(out / "model") as folder:
-            whole.save_pretrained(str(folder))
-            job.task.processor.save_pretrained(str(folder))
-            folders.write(folder / "README.md", card.card(manifest))
-    if base is not None:
-        with folders.whole_folder(out / "delta") as folder:
-            new, processor = patches.new_tensors(model), job.task.processor
-            patches.save(folder, model, base, name=config.model, new=new, processor=processor)
-    folders.write(out / "report.html", report.page(manifest, lines))
-    folders.write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    return results
+    gathered = shards.tensors(model) if trainer.spread else None
+
+    def write() -> dict[str, Any]:
+        lines = folders.read_lines(out / "metrics.jsonl")
+        results = {
+            **outcome.measured(job, lines),
+            **distance(dict(whole.named_parameters()) if gathered is None else gathered, before),
+            "memory": _memory(lines),
+            "seconds_per_step": _seconds_per_step([line for line in lines if line["event"] == "train"]),
+            "retained": retain.compared(known, after),
+        }
+        results["notes"] = [*outcome.notes(job, results, lines), *details.pop("notes", ())]
+        done = {**manifest, "results": results, "details": details, "finished": _now()}
+        if config.save_model and config.save != "delta":
+            with folders.whole_folder(out / "model") as folder:
+                whole.save_pretrained(str(folder), state_dict=gathered)
+                job.task.processor.save_pretrained(str(folder))
+                folders.write(folder / "README.md", card.card(done))
+        if base is not None:
+            with folders.whole_folder(out / "delta") as folder:
+                new, processor = patches.new_tensors(model), job.task.processor
+                patches.save(folder, model, base, name=config.model, new=new, processor=processor, tensors=gathered)
+        folders.write(out / "report.html", report.page(done, lines))
+        folders.write(out / "manifest.json", json.dumps(done, indent=2) + "\n")
+        return results
+
+    return processes.by_first(write)
+
+
+def _spread(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> dict[str, dict[str, float]]:
+    """Shard the model, with the weights of a checkpoint if there is one; what is measured of it before training."""
+    model = job.task.model
+    begun = model if checkpoint is None or not job.measures else copy.deepcopy(model)
+    if checkpoint is not None:
+        trainer._load_from_checkpoint(str(checkpoint))
+    shards.shard(model)
+    if begun is not model and job.measures:
+        shards.shard(begun)
+    return {name: measure(begun) for name, measure in job.measures.items()}
 
 
 def _train(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> None:
@@ -273,15 +327,9 @@ def _train(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> N
         trainer.seen = None
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    broken = training.broken_weight(job.task.model)
+    broken = shards.broken_weight(job.task.model)
     if broken is not None:
         raise Diverged(f"the weight {broken} is not finite after step {job.plan.total_steps}: {trainer.kept()}. {CURE}")
-
-
-def _take_best(trainer: training.RunTrainer, out: Path, lines: list[dict[str, Any]]) -> None:
-    """The weights of the best evaluation, measured again where they are not the last ones."""
-    if training.put_best(trainer.model, out / "checkpoints"):  # type: ignore[arg-type]
-        trainer.evaluate()
 
 
 def _now() -> str:
@@ -304,16 +352,16 @@ def _seconds_per_step(trained: list[dict[str, Any]]) -> float:
     return float(sum(steps * seconds for steps, seconds in spans) / sum(steps for steps, _ in spans))
 
 
-def distance(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
+def distance(now: Mapping[str, Tensor], before: dict[str, Tensor]) -> dict[str, float]:
     """How far from where it began: share of the trained weights whose bits differ, and the l2 norm of the change."""
     changed, total, square = 0, 0, 0.0
-    for name, parameter in model.named_parameters():
+    for name, parameter in now.items():
         if name in before:
-            now = parameter.detach()
-            then = before[name].to(now.device)
-            changed += int((now != then).sum())
-            total += now.numel()
-            square += float((now.float() - then.float()).square().sum(dtype=torch.float64))
+            value = parameter.detach()
+            then = before[name].to(value.device)
+            changed += int((value != then).sum())
+            total += value.numel()
+            square += float((value.float() - then.float()).square().sum(dtype=torch.float64))
     return {"touched": changed / max(1, total), "l2_moved": math.sqrt(square)}
 
 
@@ -324,11 +372,11 @@ def _manifest(job: Job, trainer: training.RunTrainer) -> dict[str, Any]:
         "kind": "finetuning run: one model, one data set, one optimizer, one seed",
         "pseudocode": folders.PSEUDOCODE if optimizers.by_nanoadam(job.config) else about["source"],
         "optimizer": about,
-        **folders.environment(device=str(trainer.args.device)),
+        **folders.environment(device=str(trainer.args.device), processes=processes.count()),
         "data": job.sources,
         "model": {
             "name": job.config.model,
-            "class": type(model).__name__,
+            "class": type(model).__name__.removeprefix("FSDP"),
             "parameters": sum(p.numel() for p in model.parameters()),
             "commit": getattr(model.config, "_commit_hash", None),
             "head": job.task.head,

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
-from nanoadam.finetuning import folders, optimizers
+from nanoadam.finetuning import folders, optimizers, processes, shards
 from nanoadam.finetuning.folders import RunError
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.patches import PatchCheckpoints
+from nanoadam.finetuning.sharing import SharedTrainer
 
 CURE = "Try a lower learning rate, warm-up or max_grad_norm; --resume RUN --learning-rate 1e-5 goes on with another"
 
@@ -51,11 +53,6 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint is of."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def broken_weight(model: nn.Module) -> str | None:
-    """The name of a weight that is not finite."""
-    return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
 
 
 def arguments_for(job: Job, folder: Path, total_steps: int, **options: Any) -> TrainingArguments:
@@ -114,7 +111,7 @@ def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] |
     )  # fmt: skip
     callbacks: list[TrainerCallback] = [Changed(job)] if changed else []  # before what compares options
     if optimizers.by_nanoadam(config):
-        callbacks.append(NanoAdamCallback(config.log_touched))
+        callbacks.append(NanoAdamCallback(config.log_touched and not shards.wanted(config)))
     if config.best:
         callbacks.append(Best(out / "checkpoints", task.metric, task.higher_is_better))
     trainer = RunTrainer.of(job, arguments, [*callbacks, metrics])
@@ -122,12 +119,16 @@ def trainer_for(job: Job, out: Path, metrics: Metrics, changed: dict[str, Any] |
     return trainer
 
 
-class RunTrainer(PatchCheckpoints, Trainer):
+class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
     """Stops at a loss that is not finite, and writes checkpoints, or patches in them, whole or not at all."""
 
     keep = 1
     seen: EvalPrediction | None = None
     _staging: Path | None = None
+
+    def __init__(self, *args: Any, spread: bool = False, **kwargs: Any) -> None:
+        self.spread = spread  # over the processes: the model is sharded
+        super().__init__(*args, **kwargs)
 
     @classmethod
     def of(
@@ -155,6 +156,7 @@ class RunTrainer(PatchCheckpoints, Trainer):
             preprocess_logits_for_metrics=task.preprocess_logits,
             optimizer_cls_and_kwargs=job.optimizer,
             callbacks=callbacks,
+            spread=shards.wanted(job.config),
         )
         if job.config.task != "causal-lm":
             # Classifiers swallow the count of items and divide by nothing, so accumulated gradients would be a sum.
@@ -182,6 +184,47 @@ class RunTrainer(PatchCheckpoints, Trainer):
             return None
         return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.spread:  # otherwise it goes there block by block
+            super()._move_model_to_device(model, device)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """In place of what accelerate puts into the model's forward pass where it is not spread."""
+        return self.accelerator.autocast() if self.spread else super().autocast_smart_context_manager(cache_enabled)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights as one process would write them."""
+        if not self.spread:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = shards.tensors(self.model)  # type: ignore[arg-type]
+        if processes.first():
+            self._save(output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.spread:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = shards.optimizer_state(unwrap(self.optimizer))  # type: ignore[arg-type]
+        if processes.first():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.spread or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        shards.load_optimizer_state(unwrap(self.optimizer), state)  # type: ignore[arg-type]
+        self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[union-attr]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not shards.sharded(self.model):  # type: ignore[arg-type]  # they were loaded before they were spread
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _checkpoints(self) -> Path:
         return Path(str(self.args.output_dir))
 
@@ -195,18 +238,27 @@ class RunTrainer(PatchCheckpoints, Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        broken = broken_weight(model)
+        broken = shards.broken_weight(model)
         if broken is not None:
             raise Diverged(f"the weight {broken} is not finite after step {step}: {self.kept()}. {CURE}")
         final = self._checkpoints() / f"checkpoint-{step}"
+        if not self.spread and shards.drifted(self.model):  # type: ignore[arg-type]
+            raise RunError(
+                f"the processes' weights differ after step {step}: something changes them on each process by itself. "
+                f"{self.kept()}, which one process can go on from"
+            )
         self._staging = final.parent / ".writing"
         try:
-            shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
+            if processes.first():
+                shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
+            processes.wait()
             super()._save_checkpoint(model, trial)
             watcher = next((c for c in self.callback_handler.callbacks if isinstance(c, NanoAdamCallback)), None)
-            if watcher is not None and watcher.touched is not None:
+            if watcher is not None and watcher.touched is not None and processes.first():
                 watcher.touched.save(self._staging / final.name / TOUCHED)
-            folders.publish(self._staging / final.name, final)
+            processes.wait()  # each has written its random state
+            if processes.first():
+                folders.publish(self._staging / final.name, final)
         except Exception as error:  # torch, safetensors and the system each have a kind of their own for a full disk
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RunError(
@@ -214,13 +266,18 @@ class RunTrainer(PatchCheckpoints, Trainer):
                 "disk, then go on with --resume"
             ) from error
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if processes.first():
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        rotate_checkpoints(str(final.parent), self.keep)
+        if processes.first():
+            rotate_checkpoints(str(final.parent), self.keep)
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint."""
+    """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint.
+
+    Of several processes the first one writes.
+    """
 
     def __init__(self, path: Path, checkpoint: Path | None, progress: Progress | None, own_head: bool) -> None:
         self._path = path
@@ -229,6 +286,8 @@ class Metrics(TrainerCallback):
         self._times: list[float] = []
         self._clock = 0.0
         self._memory: dict[str, int] = {}
+        if not processes.first():
+            return
         done = -1 if checkpoint is None else step_of(checkpoint)
         kept = [line for line in folders.read_lines(path) if line["step"] <= done]
         folders.write(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -275,8 +334,9 @@ class Metrics(TrainerCallback):
             self._times = []
         else:
             return
-        folders.append(self._path, line)
-        self._progress({"total": state.max_steps, **line})
+        if processes.first():
+            folders.append(self._path, line)
+            self._progress({"total": state.max_steps, **line})
 
 
 _SPEEDS = ("_runtime", "_per_second", "_preparation_time")
@@ -301,15 +361,18 @@ class Best(TrainerCallback):
         merit = self._sign * kwargs["metrics"].get(f"eval_{self._metric}", math.nan)
         if state.global_step and merit > self._best:
             self._best = merit
+            found = _trained(kwargs["model"])
+            if not processes.first():
+                return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(".partial")
-            save_file(_trained(kwargs["model"]), str(temporary), {"step": str(state.global_step)})
+            save_file(found, str(temporary), {"step": str(state.global_step)})
             temporary.replace(self._path)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """Weights that training changes, and statistics, by name."""
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: shards.whole(p.detach()).contiguous() for name, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
     buffers = {name: b.contiguous() for name, b in model.named_buffers() if name in state}
     return {**weights, **buffers}
@@ -321,9 +384,8 @@ def put_best(model: nn.Module, folder: Path) -> bool:
     if not path.is_file():
         return False
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for name, value in load_file(path).items():
-            now[name].copy_(value)
+    for name, value in load_file(path).items():
+        shards.put(now[name], value)
     return True
 
 
