@@ -142,6 +142,7 @@ class GradientRelease:
                 return
             slot, dtype = found
             assert slot.selection is not None
+            self._wait_for_end()
             if type(gradient) is SelectedGradient:
                 box = gradient._box
                 if box.selection is slot.selection and box.values.dtype == dtype and box.fill == 0:  # a layer made it
@@ -178,10 +179,7 @@ class GradientRelease:
         if self._latest is not None:
             self._next_bytes[self._latest] = gradient.nbytes
         self._latest = slot
-        task = torch._C._current_graph_task_id()
-        if task not in (-1, self._task):  # a backward within a backward (reentrant checkpointing) is one of its own
-            self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+        task = self._wait_for_end()
         budget = self._budget
         if budget is None:
             budget = 0 if gradient.device.type == "cpu" else min(int(GPU_SHARE * self._largest), GPU_BYTES)
@@ -189,10 +187,37 @@ class GradientRelease:
         if task == -1 or slot.part is not None or self._bytes + self._next_bytes.get(slot, self._largest) > budget:
             self.flush()
 
+    def _wait_for_end(self) -> int:
+        """Hear of the end of the backward that is on its way; its number, -1 for none."""
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._task):  # a backward within a backward (reentrant checkpointing) is one of its own
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+        return task
+
     def _backward_ended(self) -> None:
         with self._lock:
             self._task, self._latest = -1, None
             self.flush()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():  # DDP's own callback comes first
+            torch.autograd.Variable._execution_engine.queue_callback(self._take_averages)
+
+    @torch.no_grad()
+    def _take_averages(self) -> None:
+        """Where others had a gradient and this process none, DDP has put a dense one: as the others', it is selected.
+
+        Otherwise clipping would round it, or count it, as on no other process, and they would drift apart.
+        """
+        with self._lock:
+            gradients = [(parameter, parameter.grad) for parameter in self.held]
+            if any(type(g) is SelectedGradient and g._box.exchanged == "copied" for _, g in gradients):
+                for parameter, gradient in gradients:
+                    if type(gradient) is Tensor:
+                        self.receive(parameter, gradient)
+                        if type(parameter.grad) is SelectedGradient:
+                            parameter.grad._box.exchanged = "copied"
+                self.flush()
+            self._task, self._latest = -1, None
 
     def flush(self) -> None:
         """See `Accumulator`. Gradients that were thrown away meanwhile are gone."""
