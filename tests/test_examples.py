@@ -104,6 +104,7 @@ def test_loops_with_a_model(name: str, capsys: pytest.CaptureFixture[str], tmp_p
     assert "resumed bit for bit: True" in run(name, capsys, "--model", folder, *steps)
 
 
+@pytest.mark.slow
 def test_trainer_with_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")

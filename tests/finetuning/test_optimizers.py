@@ -114,7 +114,15 @@ def test_it_goes_on_bit_for_bit_with_resume(name: str, options: str, job: dict[s
     assert one.keys() == other.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if BASELINES[name].cpu])
+# The rule itself is held for every method by tests/baselines/test_registry.py.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("nanoadam", "adamw", "lora") else pytest.mark.slow)
+        for name in BASELINES
+        if BASELINES[name].cpu
+    ],
+)
 def test_every_method_trains_the_head_at_its_own_rate(name: str, job: dict[str, object], tmp_path: Path) -> None:
     needs(name)
     own = OPTIONS.get(name, ())

@@ -110,7 +110,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, out: Path) -> list[tuple[str, str]]:
     return seen
 
 
-# (experiment, where it is interrupted, line there, what is run after that, what stays as it is); one of each is quick
+# (experiment, where it is interrupted, line there, what is run after that, what stays as it is)
 CASES = [
     # The run is finished, its line is not whole: it is read from the run's own folder.
     ("glue", "bert-base/COLA/metrics.jsonl", 2,
@@ -126,8 +126,8 @@ CASES = [
      pytest.mark.slow),
     ("gsm8k", "llama-2-7b/nanoadam-0/metrics.jsonl", 3,
      ["resume llama-2-7b/nanoadam-0"], ["llama-2-7b/microadam-0/*"], pytest.mark.slow),
-    # It is trained, and among its answers.
-    ("gsm8k", "llama-2-7b/nanoadam-0/answers.jsonl", 2, [], ["llama-2-7b/microadam-0/*"]),
+    # It is trained, and among its answers: where test_a_killed_experiment_ends_as_one_that_was_not is killed.
+    ("gsm8k", "llama-2-7b/nanoadam-0/answers.jsonl", 2, [], ["llama-2-7b/microadam-0/*"], pytest.mark.slow),
     ("gradient-weight", "vit-tiny/CIFAR-10/finetuned-0/metrics.jsonl", 2,
      ["run vit-tiny/CIFAR-10/finetuned-0", "run vit-tiny/CIFAR-10/scratch-0"], ["bert-base/*"], pytest.mark.slow),
     ("gradient-weight", "runs.jsonl", 4, ["run vit-tiny/CIFAR-10/scratch-0"],
