@@ -174,7 +174,8 @@ def prepare(
 
 
 def _groups(model: nn.Module) -> Any:
-    return nanoadam.param_groups(model, dense=()) if isinstance(model, Layers) else nanoadam.param_groups(model)
+    """Of the layers every one is selected from; a language model's head is trained in full, as by default."""
+    return nanoadam.param_groups(model, selected="layers" if isinstance(model, Layers) else ())
 
 
 def interface_bytes() -> int | None:
