@@ -139,6 +139,30 @@ def silence(rank, size):
     return silent, said, replica.sent_bytes > before
 
 
+def closure(rank, size):
+    """The last backward before a step is within its closure, as Lightning makes it; and forgets to exchange."""
+    ends = []
+    for how in ("plain", "closure"):
+        model, opt, _ = setting("weights")
+        replica = replicate(model, opt)
+        for step in range(3):
+            with replica.no_sync():
+                loss_of(model, rank, 2 * step).backward()
+            if how == "plain":
+                loss_of(model, rank, 2 * step + 1).backward()
+                opt.step()
+            else:
+                opt.step(closure=lambda: loss_of(model, rank, 2 * step + 1).backward())  # noqa: B023
+            opt.zero_grad()
+        ends.append(bits(model))
+
+    def silently():
+        with replica.no_sync():
+            loss_of(model, rank, 0).backward()
+
+    return ends, caught(lambda: opt.step(silently), RuntimeError)
+
+
 def bits_of_gradients(model):
     return torch.cat([p.grad.to_dense().reshape(-1) for p in model.parameters() if p.grad is not None])
 
@@ -260,7 +284,7 @@ def on_two(rank, size):
     found = {("equal", name): equal(rank, size, name) for name in EQUAL}
     found["long"] = long(rank, size, "weight")
     found |= {("drift", how): drift(rank, size, how) for how in ("weights", "options", "steps")}
-    for function in (silence, untouched, twice, refusals, others, buffers):
+    for function in (silence, closure, untouched, twice, refusals, others, buffers):
         found[function.__name__] = function(rank, size)
     return found
 
@@ -308,6 +332,13 @@ def test_no_sync_sends_nothing_and_its_gradients_go_with_the_next(two):
     assert not torch.equal(first, two[1]["silence"][0][1])
     assert "no_sync()" in said
     assert later
+
+
+def test_gradients_that_a_closure_makes_are_exchanged_before_the_step(two):
+    (plain, through), said = two[0]["closure"]
+    assert torch.equal(plain, through)
+    assert torch.equal(through, two[1]["closure"][0][1])
+    assert "no_sync()" in said
 
 
 def test_a_parameter_that_some_batches_do_not_touch(two):

@@ -243,8 +243,22 @@ class Replica:
         self.sent_bytes += _broadcast(self._buffers, self._group)
         self._backward, self._buckets, self._launched, self._unsent = -1, [], 0, False
 
-    def _before_step(self, optimizer: Any, *_: Any) -> None:
-        """Refuse to step on what would lead replicas apart."""
+    def _before_step(self, _: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Refuse to step on what would lead replicas apart; a closure makes the last gradients first."""
+        closure = options.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._check_exchanged()
+            return None
+
+        def and_check() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                self._check_exchanged()
+            return loss
+
+        return (args[0], and_check), {}
+
+    def _check_exchanged(self) -> None:
         if self._listen() and any(p.grad is not None for _, p in self._named):
             self.exchange()  # of parameters that were unfrozen
         if self._unsent and any(p.grad is not None for _, p in self._named):
