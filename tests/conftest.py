@@ -26,9 +26,10 @@ ROOMS = {
     ("typer", "rich"): ["cli", "comparing", "demo", "finetuning", "paper", "reports", "test_benchmarks.py"],
     ("sklearn", "tomli_w"): ["comparing", "demo", "finetuning", "paper", "reports"],
     ("transformers", "datasets", "accelerate"): [
-        "comparing", "finetuning", "paper", "test_groups.py", "test_memory.py", "test_trainer.py",
+        "comparing", "finetuning", "paper", "test_groups.py", "test_group_overrides.py", "test_memory.py",
+        "test_trainer.py",
     ],
-    ("peft",): ["finetuning/test_shira.py", "test_groups.py", "test_memory.py"],
+    ("peft",): ["finetuning/test_shira.py", "test_groups.py", "test_group_overrides.py", "test_memory.py"],
 }  # fmt: skip
 collect_ignore = [
     path

@@ -22,7 +22,7 @@ LAYERS = (
     ("memory", "optimizer"),
     ("slot_optimizer",),
     ("checks", "groups", "portable", "state"),
-    ("columns", "gradients", "refresh", "slots"),
+    ("columns", "gradients", "refresh", "roles", "slots"),
     ("ops", "schedules"),
     ("chunks", "shards", "text"),
 )

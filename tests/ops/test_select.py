@@ -98,7 +98,7 @@ def test_all_equal_weights_select_the_first_places(ops, device):
 
 
 def test_random_selection_depends_on_seed_step_and_tensor_and_has_the_right_count(ops, device):
-    weight = torch.randn(16, 640, device=device)
+    weight = torch.randn(8, 640, device=device)  # a chunk of six lines and one of two
     base = selected(ops, weight, 0.1, criterion="random")
     assert torch.equal(base, selected(ops, weight, 0.1, criterion="random"))
     assert int(base.sum()) == layout(weight.shape, 0.1).selected
@@ -108,7 +108,7 @@ def test_random_selection_depends_on_seed_step_and_tensor_and_has_the_right_coun
 
 
 def test_random_selection_is_the_same_on_every_backend(ops, device):
-    weight = torch.randn(16, 640)
+    weight = torch.randn(8, 640)
     expected = selected(reference, weight, 0.1, criterion="random")
     assert torch.equal(selected(ops, weight.to(device), 0.1, criterion="random").cpu(), expected)
 
@@ -125,10 +125,13 @@ def test_a_transposed_weight_is_selected_by_its_logical_order(ops, device):
     assert torch.equal(selected(ops, weight, 0.1).cpu(), selected(reference, weight.cpu().contiguous(), 0.1))
 
 
-@pytest.mark.parametrize(
-    ("densities", "shape", "keep_zeros"),
-    crossed([(0.1, 0.1), (0.2, 0.04), (0.03, 0.3), (0.1, 1.0), (1.0, 0.1)], [(11, 700), (2, 4500)], [False, True]),
-)
+CHANGES = [(0.1, 0.1), (0.2, 0.04), (0.03, 0.3), (0.1, 1.0), (1.0, 0.1)]
+
+
+@pytest.mark.parametrize(("densities", "keep_zeros", "shape"), [
+    *(pytest.param(*case.values, (11, 700), marks=case.marks) for case in crossed(CHANGES, [False, True])),
+    *(pytest.param(*case, (2, 4500), marks=pytest.mark.slow) for case in itertools.product(CHANGES, [False, True])),
+])  # fmt: skip
 def test_a_refresh_carries_moments_of_survivors_and_forgets_the_rest(ops, device, shape, densities, keep_zeros):
     torch.manual_seed(1)
     weight = torch.randn(shape).masked_fill(torch.rand(shape) < 0.3, 0.0).to(device)

@@ -131,7 +131,7 @@ CASES = [
     ("gradient-weight", "vit-tiny/CIFAR-10/finetuned-0/metrics.jsonl", 2,
      ["run vit-tiny/CIFAR-10/finetuned-0", "run vit-tiny/CIFAR-10/scratch-0"], ["bert-base/*"], pytest.mark.slow),
     ("gradient-weight", "runs.jsonl", 4, ["run vit-tiny/CIFAR-10/scratch-0"],
-     ["bert-base/*", "vit-tiny/CIFAR-10/finetuned-0/*"]),
+     ["bert-base/*", "vit-tiny/CIFAR-10/finetuned-0/*"], pytest.mark.slow),
 ]  # fmt: skip
 
 

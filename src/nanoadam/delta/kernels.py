@@ -218,16 +218,17 @@ def _unsigned(value):
 
 
 @triton.jit
-def _moved(position, old, new, TYPE: tl.constexpr):
+def _moved(position, old, new):
     """What changed elements add to the hash, each for itself: uint64."""
+    BITS: tl.constexpr = old.dtype.primitive_bitwidth
     before, after = _unsigned(old), _unsigned(new)
-    if TYPE.primitive_bitwidth == 64:
+    if BITS == 64:
         lower = (after & 0xFFFFFFFF) - (before & 0xFFFFFFFF)
         moved = lower * _key(2 * position) + ((after >> 32) - (before >> 32)) * _key(2 * position + 1)
-    elif TYPE.primitive_bitwidth == 32:
+    elif BITS == 32:
         moved = (after - before) * _key(position)
     else:
-        byte = position * (TYPE.primitive_bitwidth // 8)
+        byte = position * (BITS // 8)
         moved = ((after - before) << ((byte & 3) * 8).to(tl.uint64)) * _key(byte >> 2)
     return moved
 
@@ -257,7 +258,7 @@ def inspect(
     tl.store(tl.load(row + OLD).to(tl.pointer_type(TYPE)) + entry, old, mask=known)
     if HASHED:
         new = tl.load(values + entry, mask=known, other=0)
-        moved = tl.where(known, _moved(position, old, new, TYPE), 0)
+        moved = tl.where(known, _moved(position, old, new), 0)
         tl.store(changes + program, tl.sum(moved.to(tl.int64, bitcast=True), 0))
     else:
         tl.store(changes + program, 0)

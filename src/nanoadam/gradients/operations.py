@@ -1,6 +1,7 @@
 """What torch's operations do to a gradient of selected weights. All of them arrive at `dispatch`.
 
-1.  Those that training is made of stand in `_OWN` and never make anything dense.
+1.  Those that training is made of stand in `_OWN` and never make anything dense: here, in `reductions.py` and in
+    `lists.py`.
 2.  Other pointwise ones run on the entries, and once on the number that the gradient reads as elsewhere.
 3.  All others that read run on a dense copy.
 4.  All others that write raise.
@@ -9,7 +10,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,56 +18,12 @@ from torch import Tensor
 from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_map_only
 
-from nanoadam.gradients import tensor
+from nanoadam.gradients import lists, reductions, tensor
+from nanoadam.gradients.dense_copy import DenseCopy, dense_of
 from nanoadam.gradients.tensor import Box, SelectedGradient, refuse
 from nanoadam.ops import Selection, reference
 
 aten: Any = torch.ops.aten
-
-
-class DenseCopy(Tensor):
-    """A view of a gradient: a dense copy that refuses to be written to, since the gradient would not change."""
-
-    _dense: Tensor
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, dense: Tensor) -> DenseCopy:
-        """Refuse to be written to from now on."""
-        size, stride = dense.shape, dense.stride()
-        made = torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dense.dtype, device=dense.device)
-        made._dense = dense
-        return made
-
-    def __init__(self, _: Tensor) -> None:
-        super().__init__()
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return dispatch(func, args, kwargs or {})
-
-    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        """A dense tensor of one's own."""
-        return self._dense.to(dtype or self.dtype, copy=True)
-
-    def numpy(self, **options: Any) -> Any:
-        """A copy."""
-        return self.to_dense().numpy(**options)
-
-    def __array__(self, *args: Any, **options: Any) -> Any:
-        return self.to_dense().__array__(*args, **options)
-
-    def tolist(self) -> Any:
-        """As in torch."""
-        return self._dense.tolist()
-
-    def data_ptr(self) -> int:
-        """Of the copy."""
-        return self._dense.data_ptr()
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"read-only view of a SelectedGradient: {self._dense!r}"
 
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
@@ -94,7 +51,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
             return result
     if _is_view(func) and isinstance(args[0], (SelectedGradient, DenseCopy)):
         return _view(func, args, kwargs)
-    args, kwargs = tree_map_only((SelectedGradient, DenseCopy), _dense, (args, kwargs))
+    args, kwargs = tree_map_only((SelectedGradient, DenseCopy), dense_of, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -126,11 +83,6 @@ def _is_pointwise(func: Any) -> bool:
     return in_place and torch.Tag.pointwise in getattr(getattr(functional, func._overloadname, None), "tags", ())
 
 
-def _dense(value: Any) -> Tensor:
-    dense: Tensor = value._dense if isinstance(value, DenseCopy) else value.to_dense()
-    return dense
-
-
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     source, *rest = args
     if type(source) is SelectedGradient and not func._schema.name.startswith("aten::_"):
@@ -139,7 +91,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
         parts = [(each.shape, each.stride(), each.dtype) for each in (stands_for, seen) if isinstance(each, Tensor)]
         if len(parts) == 2 and parts[0] == parts[1]:
             return SelectedGradient(source._box, source)
-    result = func(_dense(source), *rest, **kwargs)
+    result = func(dense_of(source), *rest, **kwargs)
     return DenseCopy(result) if isinstance(result, Tensor) else [DenseCopy(each) for each in result]
 
 
@@ -152,7 +104,7 @@ def _one_by_one(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     stem = name.removesuffix("_")
     single = getattr(aten, name.replace(stem, _SINGLE.get(stem, stem), 1), None)
     if single is None and not _written(func):
-        return func(*tree_map_only((SelectedGradient, DenseCopy), _dense, args), **kwargs)
+        return func(*tree_map_only((SelectedGradient, DenseCopy), dense_of, args), **kwargs)
     if single is None:
         refuse(f"_foreach_{name}()", next(each for each in args[0] if isinstance(each, (SelectedGradient, DenseCopy))))
     count = len(args[0])
@@ -257,7 +209,7 @@ def _take(gradient: SelectedGradient, other: Tensor) -> Tensor:
             )
         return other._box.values
     return reference.take(
-        gradient._box.selection, (_dense(other) if isinstance(other, DenseCopy) else other).expand(gradient.shape)
+        gradient._box.selection, (dense_of(other) if isinstance(other, DenseCopy) else other).expand(gradient.shape)
     )
 
 
@@ -345,161 +297,6 @@ def _dense_like(func: Any, gradient: Tensor, *args: Any, **options: Any) -> Any:
     return func(like, *args, **options)
 
 
-# Reductions of the whole tensor
-
-
-def _reduction(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Serve a reduction of all dimensions by `own(func, gradient, box, *args, **options)`."""
-
-    def reduce(func: Any, gradient: Any, *args: Any, keepdim: bool = False, **options: Any) -> Any:
-        names = [argument.name for argument in func._schema.arguments]
-        given = {"keepdim": keepdim, **dict(zip(names[1:], args, strict=False)), **options}
-        keepdim, dim = given.pop("keepdim"), given.pop("dim", None)
-        if type(gradient) is not SelectedGradient or isinstance(dim, int):
-            return NotImplemented
-        if dim and len({d % gradient.dim() for d in dim}) < gradient.dim():
-            return NotImplemented
-        result = own(func, gradient, gradient._box, **given)
-        return result.reshape([1] * gradient.dim()) if keepdim and result is not NotImplemented else result
-
-    return reduce
-
-
-@_reduction
-def _norm(func: Any, gradient: Tensor, box: Box, ord: float = 2, dtype: Any = None) -> Any:
-    if box.fill != 0 or (ord < 0 and box.outside):
-        return NotImplemented
-    return torch.linalg.vector_norm(box.values, ord, dtype=dtype).to(dtype or gradient.dtype)
-
-
-def _total(box: Box, dtype: torch.dtype) -> Tensor:
-    return box.values.sum(dtype=dtype) + (box.fill * box.outside if box.fill else 0)
-
-
-@_reduction
-def _sum(func: Any, gradient: Tensor, box: Box, dtype: Any = None) -> Any:
-    wanted = dtype or (gradient.dtype if gradient.is_floating_point() else torch.int64)
-    return _total(box, torch.promote_types(wanted, box.values.dtype)).to(wanted)
-
-
-@_reduction
-def _mean(func: Any, gradient: Tensor, box: Box, dtype: Any = None) -> Any:
-    return (_total(box, torch.promote_types(gradient.dtype, torch.float32)) / gradient.numel()).to(
-        dtype or gradient.dtype
-    )
-
-
-@_reduction
-def _variance(func: Any, gradient: Tensor, box: Box, correction: float | None = None) -> Any:
-    mean = _total(box, torch.float64) / gradient.numel()
-    squares = (box.values.double() - mean).square().sum() + box.outside * (box.fill - mean).square()
-    result = squares / max(0, gradient.numel() - (1 if correction is None else correction))
-    return (result.sqrt() if func is aten.std.correction else result).to(gradient.dtype)
-
-
-@_reduction
-def _extreme(func: Any, gradient: Tensor, box: Box) -> Any:
-    """`max` and `min`; NaN wins, as in torch."""
-    largest = func in (aten.max.default, aten.amax.default)
-    result = box.values.amax() if largest else box.values.amin()
-    if box.outside:
-        result = result.clamp(min=box.fill) if largest else result.clamp(max=box.fill)
-    return result.to(gradient.dtype)
-
-
-@_reduction
-def _every(func: Any, gradient: Tensor, box: Box) -> Any:
-    """`all` and `any`."""
-    if func is aten.all.default:
-        return box.values.all() & (not box.outside or bool(box.fill))
-    return box.values.any() | bool(box.outside and box.fill)
-
-
-@_reduction
-def _count_nonzero(func: Any, gradient: Tensor, box: Box) -> Any:
-    return torch.count_nonzero(box.values) + (box.outside if box.fill else 0)
-
-
-# Lists of gradients, dense ones among them. A launch serves tensors of one dtype, and entries have another one than
-# dense gradients: so each dtype is done by itself.
-
-
-def _entries(gradients: Sequence[Tensor]) -> dict[torch.dtype, list[tuple[int, Tensor]]] | None:
-    """What stands for each of them, by dtype, with its place in the list.
-
-    None if one of them does not read as zero elsewhere or cannot be written to.
-    """
-    found: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
-    for i, gradient in enumerate(gradients):
-        values = gradient
-        if type(gradient) is SelectedGradient:
-            if gradient._box.fill != 0:
-                return None
-            values = gradient._box.values
-        elif type(gradient) is DenseCopy:
-            return None
-        found.setdefault(values.dtype, []).append((i, values))
-    return found
-
-
-def _foreach_norm(func: Any, gradients: Any, ord: float = 2, dtype: Any = None) -> Any:
-    entries = _entries(gradients)
-    if ord < 0 or entries is None:
-        return NotImplemented
-    norms: list[Any] = [None] * len(gradients)
-    for members in entries.values():
-        found = func([values for _, values in members], ord, dtype=dtype)
-        wanted = [dtype or gradients[i].dtype for i, _ in members]
-        if {wanted[0]} == set(wanted) and found[0].dtype != wanted[0]:
-            found = torch.stack(found).to(wanted[0]).unbind()  # one launch, not one each
-        for (i, _), norm, kind in zip(members, found, wanted, strict=True):
-            norms[i] = norm.to(kind)
-    return norms
-
-
-def _foreach_scale(func: Any, gradients: Any, factor: Any) -> Any:
-    """`mul` and `div` in place, by a number or one for each."""
-    entries = _entries(gradients)
-    if entries is None:
-        return NotImplemented
-    for dtype, members in entries.items():
-        mine = [factor[i] for i, _ in members] if isinstance(factor, (list, tuple)) else factor
-        func([values for _, values in members], mine.to(dtype) if isinstance(mine, Tensor) else mine)
-    return None
-
-
-def _foreach_clamp(func: Any, gradients: Any, bound: float) -> Any:
-    keeps_zero = bound <= 0 if func is aten._foreach_clamp_min_.Scalar else bound >= 0
-    return _foreach_scale(func, gradients, bound) if keeps_zero else NotImplemented
-
-
-def _foreach_zero(func: Any, gradients: Any) -> Any:
-    for gradient in gradients:
-        gradient.zero_()
-
-
-def _unscale(func: Any, gradients: Any, found_inf: Tensor, inverse_scale: Tensor) -> Any:
-    """GradScaler's."""
-    entries = _entries(gradients)
-    if entries is None:
-        refuse("unscaling", next(g for g in gradients if type(g) is not Tensor))
-    for members in entries.values():
-        func([values for _, values in members], found_inf, inverse_scale)
-    return None
-
-
-def _collective(func: Any, gradients: Any, *args: Any, **options: Any) -> Any:
-    """`all_reduce` and `broadcast`: of the entries, which are for the same weights on every replica."""
-    if any(type(gradient) is DenseCopy for gradient in gradients):
-        return NotImplemented
-    entries = [g._box.values if type(g) is SelectedGradient else g for g in gradients]
-    _, work = func(entries, *args, **options)
-    for gradient in gradients:
-        if type(gradient) is SelectedGradient:
-            gradient._box.exchanged, gradient._box.zeroed = "reduced", False
-    return gradients, work
-
-
 _SERVES: dict[Callable[..., Any], tuple[Any, ...]] = {
     _alias: (aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default),
     _clone: (aten.clone.default,),
@@ -525,26 +322,9 @@ _SERVES: dict[Callable[..., Any], tuple[Any, ...]] = {
             *(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full", "empty_strided")),
         )
     ),
-    _norm: (aten.linalg_vector_norm.default,),
-    _sum: (aten.sum.default, aten.sum.dim_IntList),
-    _mean: (aten.mean.default, aten.mean.dim),
-    _variance: (aten.std.correction, aten.var.correction),
-    _extreme: (aten.max.default, aten.min.default, aten.amax.default, aten.amin.default),
-    _every: (aten.all.default, aten.any.default),
-    _count_nonzero: (aten.count_nonzero.default, aten.count_nonzero.dim_IntList),
-    _foreach_norm: (aten._foreach_norm.Scalar,),
-    _foreach_scale: tuple(
-        getattr(getattr(aten, name), kind)
-        for name in ("_foreach_mul_", "_foreach_div_")
-        for kind in ("Scalar", "Tensor", "ScalarList")
-    ),
-    _foreach_zero: (aten._foreach_zero_.default,),
-    _foreach_clamp: (aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar),
-    _unscale: (aten._amp_foreach_non_finite_check_and_unscale_.default,),
 }
-_OWN = {func: own for own, functions in _SERVES.items() for func in functions}
-if torch.distributed.is_available():
-    _OWN[torch.ops.c10d.allreduce_.default] = _OWN[torch.ops.c10d.broadcast_.default] = _collective
+_TABLES = (_SERVES, reductions.SERVES, lists.SERVES)
+_OWN = {func: own for table in _TABLES for own, functions in table.items() for func in functions}
 
 # torch's clipping loops over tensors of types that it does not know, which takes the host ten times as long: 19 ms
 # for the 291 tensors of LLaMA-2-7B, where its lists take 2.

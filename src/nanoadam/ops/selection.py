@@ -133,7 +133,10 @@ def _ranks(
     CHANNELS_LAST: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """int32 like `lane`: the lower, the sooner selected; NEVER where it must not be."""
+    """int32 like `lane`: the lower, the sooner selected; NEVER where it must not be.
+
+    Its constants are spelt out at each call: the compiler of Triton 3.2 (torch 2.6) has no tuple to bundle them in.
+    """
     if CRITERION == 2:  # random
         position = tl.load(row + PART_OFFSET) + start + lane
         words, _ = _random_words(_tensor_key(key, step, _number(row, ORDINAL)), position)
@@ -223,8 +226,9 @@ def select(
     part = tl.arange(0, PART)
     sample = tl.arange(0, SAMPLE)
     entry = tl.arange(0, KEPT)
-    PACKED: tl.constexpr = ALIGNED and CRITERION == 0 and not KEEP_ZEROS and tl.float32 != WEIGHT_TYPE
-    BITS: tl.constexpr = 31 if (tl.float32 == WEIGHT_TYPE or CRITERION != 0) else 15
+    # Triton 3.2 takes two operands of `and` at a time.
+    PACKED: tl.constexpr = (ALIGNED and CRITERION == 0) and (not KEEP_ZEROS and tl.float32 != WEIGHT_TYPE)
+    BITS: tl.constexpr = 31 if (CRITERION != 0 or tl.float32 == WEIGHT_TYPE) else 15
     SHIFT: tl.constexpr = 0 if tl.float32 == WEIGHT_TYPE else (13 if tl.float16 == WEIGHT_TYPE else 16)
     mine = scratch + tl.program_id(0) * (2 * CANDIDATES + PLACES)
     for number in range(tl.program_id(0), chunks, tl.num_programs(0)):
@@ -255,20 +259,9 @@ def select(
             where = tl.where(length < SAMPLE * 2, sample, where)
             taken = tl.minimum(length, SAMPLE)
             sampled = _ranks(
-                row,
-                now,
-                start,
-                where,
-                where < length,
-                key,
-                step,
-                CRITERION,
-                KEEP_ZEROS,
-                WEIGHT_TYPE,
-                GRADIENT_TYPE,
-                CHANNELS_LAST,
-                ALIGNED,
-            )
+                row, now, start, where, where < length, key, step,
+                CRITERION, KEEP_ZEROS, WEIGHT_TYPE, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED,
+            )  # fmt: skip
             expected = keep.to(tl.float32) * taken.to(tl.float32) / length.to(tl.float32)
             least = (expected + 3.0 * tl.sqrt(expected) + 2.0).to(tl.int32)
             _, _, limit, upto = _search(sampled, least, least + least // 4, SHIFT, CRITERION == 0)
@@ -280,20 +273,9 @@ def select(
                 else:
                     there = tl.multiple_of(first, PART) + part
                     part_ranks = _ranks(
-                        row,
-                        now,
-                        start,
-                        there,
-                        there < length,
-                        key,
-                        step,
-                        CRITERION,
-                        KEEP_ZEROS,
-                        WEIGHT_TYPE,
-                        GRADIENT_TYPE,
-                        CHANNELS_LAST,
-                        ALIGNED,
-                    )
+                        row, now, start, there, there < length, key, step,
+                        CRITERION, KEEP_ZEROS, WEIGHT_TYPE, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED,
+                    )  # fmt: skip
                     near = (part_ranks <= tl.minimum(limit, NEVER - 1)).to(tl.int32)
                     bits = tl.sum(tl.reshape(near, (PART // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
                 members += _write_down(bits, mine, first, members, PART, CANDIDATES)
@@ -314,20 +296,9 @@ def select(
                     for first in range(0, length, PART):
                         there = tl.multiple_of(first, PART) + part
                         part_ranks = _ranks(
-                            row,
-                            now,
-                            start,
-                            there,
-                            there < length,
-                            key,
-                            step,
-                            CRITERION,
-                            KEEP_ZEROS,
-                            WEIGHT_TYPE,
-                            GRADIENT_TYPE,
-                            CHANNELS_LAST,
-                            ALIGNED,
-                        )
+                            row, now, start, there, there < length, key, step,
+                            CRITERION, KEEP_ZEROS, WEIGHT_TYPE, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED,
+                        )  # fmt: skip
                         count += tl.sum((part_ranks <= middle).to(tl.int32), axis=0)
                     enough = count >= keep
                     high = tl.where(enough, middle, high)
@@ -342,20 +313,9 @@ def select(
                 for first in range(0, length, PART):
                     there = tl.multiple_of(first, PART) + part
                     part_ranks = _ranks(
-                        row,
-                        now,
-                        start,
-                        there,
-                        there < length,
-                        key,
-                        step,
-                        CRITERION,
-                        KEEP_ZEROS,
-                        WEIGHT_TYPE,
-                        GRADIENT_TYPE,
-                        CHANNELS_LAST,
-                        ALIGNED,
-                    )
+                        row, now, start, there, there < length, key, step,
+                        CRITERION, KEEP_ZEROS, WEIGHT_TYPE, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED,
+                    )  # fmt: skip
                     tie = ((part_ranks == high) & (part_ranks > sure_upto)).to(tl.int32)
                     tie_place = ties + tl.cumsum(tie, axis=0) - tie
                     near = ((part_ranks <= sure_upto) | ((tie == 1) & (tie_place < wanted_ties))).to(tl.int32)
@@ -367,20 +327,9 @@ def select(
             index = tl.load(mine + lane, mask=lane < members, other=0).to(tl.int32)
 
         ranks = _ranks(
-            row,
-            now,
-            start,
-            index,
-            lane < members,
-            key,
-            step,
-            CRITERION,
-            KEEP_ZEROS,
-            WEIGHT_TYPE,
-            GRADIENT_TYPE,
-            CHANNELS_LAST,
-            ALIGNED,
-        )
+            row, now, start, index, lane < members, key, step,
+            CRITERION, KEEP_ZEROS, WEIGHT_TYPE, GRADIENT_TYPE, CHANNELS_LAST, ALIGNED,
+        )  # fmt: skip
         wanted = tl.minimum(keep, tl.sum((ranks != NEVER).to(tl.int32), axis=0))
         low, below, high, upto = _search(ranks, wanted, wanted, SHIFT, CRITERION == 0)
         # All up to `low` are taken, and of those at `high`, which are equal, the first `ties`.

@@ -1,5 +1,10 @@
-"""Compile every kernel for a GPU that need not be there; `test_compile.py` runs it without the interpreter."""
+"""Compile every kernel for a GPU that need not be there; `test_compile.py` runs it without the interpreter.
 
+`compile_kernels.py 80 90` compiles for these capabilities, with `--check` as far as Triton's own representation: there
+the compiler has refused whatever it does not know.
+"""
+
+import contextlib
 import sys
 
 import triton
@@ -8,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nanoadam.baselines import window_kernels
+from nanoadam.delta import kernels as deltas
 from nanoadam.ops import column_kernels, kernels, selection
 
 POINTERS = {
@@ -94,19 +100,64 @@ CASES = [
 ]
 
 
-def compile_all(capability: int) -> None:
-    for kernel, constants, warps in CASES:
-        known = POINTERS | NUMBERS | (WINDOW if "tensor_of" in kernel.arg_names else {})
-        known |= OF_COLUMNS if kernel.module == column_kernels.__name__ else {}
-        known |= LOOKED_UP if kernel is kernels.row_entries else {}
-        types = {name: known.get(name, "fp32") for name in kernel.arg_names}
-        types |= dict.fromkeys(constants, "constexpr")
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(kernel, types, places)
-        triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+PATCH_NUMBERS = {"numel": "i64", "count": "i64", "bits": "i32", "low_size": "i64"}
+PATCH_POINTERS = dict.fromkeys(("table", "within", "out", "changes", "starts", "sizes", "blocks"), "*i64")
+PATCH_POINTERS |= {"block_rows": "*i32", "damaged": "*i32", "empty": "*i32", "counts": "*i32", "positions": "*i32"}
+PATCH_POINTERS |= {"before": "*i16", "after": "*i16", "gaps": "*u8", "low": "*u8"}
+
+PATCHES = [
+    (deltas.hash_words, {"PARTS": 32, "ALIGNED": True}, 8),
+    (deltas.hash_words, {"PARTS": 32, "ALIGNED": False}, 8),
+    *[
+        (kernel, {"KIND": kind, "TYPE": type_, "WIDE": wide} | more, 8)
+        for kernel, more in ((deltas.inspect, {"HASHED": True}), (deltas.write, {}))
+        for kind, type_, wide in ((0, tl.int16, False), (0, tl.uint8, True), (1, tl.int32, False), (1, tl.int64, True))
+    ],
+    (deltas.inspect, {"KIND": 2, "TYPE": tl.int16, "WIDE": False, "HASHED": False}, 8),
+    (deltas.write, {"KIND": 2, "TYPE": tl.int16, "WIDE": False}, 8),
+    (deltas.count_changed, {"BLOCK": 4096}, 8),
+    (deltas.list_changed, {"BLOCK": 4096}, 8),
+    (deltas.measure, {"BLOCK": 1024}, 4),
+    (deltas.encode, {"BLOCK": 1024}, 4),
+    (deltas.collect, {"TYPE": tl.int16, "BLOCK": 1024}, 4),
+]
+
+
+class Checked(Exception):
+    """The compiler has taken the kernel."""
+
+
+class Check(ASTSource):
+    def make_ir(self, *args, **options):
+        super().make_ir(*args, **options)
+        raise Checked
+
+
+def types_of(kernel):
+    if kernel.module == deltas.__name__:
+        return PATCH_POINTERS | PATCH_NUMBERS
+    known = POINTERS | NUMBERS | (WINDOW if "tensor_of" in kernel.arg_names else {})
+    known |= OF_COLUMNS if kernel.module == column_kernels.__name__ else {}
+    known |= LOOKED_UP if kernel is kernels.row_entries else {}
+    return known
+
+
+def compile_all(capability: int, source: type[ASTSource]) -> None:
+    for kernel, constants, warps in CASES + PATCHES:
+        known = types_of(kernel)
+        types = {name: "constexpr" if name in constants else known.get(name, "fp32") for name in kernel.arg_names}
+        values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        if triton.__version__.startswith("3.2."):
+            types = {name: kind for name, kind in types.items() if kind != "constexpr"}
+            values = constants
+        target = GPUTarget("cuda", capability, 32)
+        with contextlib.suppress(Checked):
+            triton.compile(source(kernel, types, values), target=target, options={"num_warps": warps})
         print(f"sm_{capability}", kernel.__name__)
 
 
 if __name__ == "__main__":
+    source = Check if "--check" in sys.argv else ASTSource
     for argument in sys.argv[1:]:
-        compile_all(int(argument))
+        if argument != "--check":
+            compile_all(int(argument), source)
