@@ -16,9 +16,9 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker is a process of its own; more threads than cores make all of them slow.
-    torch.set_num_threads(1)
+# pytest's workers, and the processes that tests start, are many: more threads than cores make all of them slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 # Rooms of an extra that is not installed have nothing to test. noxfile.py runs the rest without each extra in turn.
