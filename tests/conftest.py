@@ -43,6 +43,8 @@ collect_ignore = [
 USES = {
     "sklearn": ("test_cli.py::test_demo_", "test_a_missing_extra_is_named_before", "test_a_run_without_the_lab_extra",
                 "test_an_unknown_experiment_lists_all"),
+    "tomli_w": ("test_launched.py::test_other_ways_to_shard_", "test_launched.py::test_what_does_not_go_with_",
+                "test_fuzz.py::test_configs"),
     "transformers": ("test_memory_refuses_a_folder_without_a_config",),
 }  # fmt: skip
 
