@@ -74,9 +74,10 @@ def test_blocks_that_do_not_run_are_few_and_say_why() -> None:
     assert len(left) - len(of_pages) <= 20
 
 
-def test_pictures_are_what_the_data_say() -> None:
+@pytest.mark.parametrize("program", ["pictures.py", "figures.py"])
+def test_pictures_and_the_table_are_what_the_data_say(program: str) -> None:
     found = subprocess.run(
-        [sys.executable, "benchmarks/pictures.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, f"benchmarks/{program}", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stdout + found.stderr
 
