@@ -34,14 +34,14 @@ def checksums(items: Sequence[Item]) -> Tensor:
     found = []
     for item in items:
         selection = None if item.slot is None else item.slot.selection
-        found.append(_sum(item.parameter))
-        found.append(_sum(item.parameter[:0] if selection is None else selection.index))
+        found.append(checksum(item.parameter))
+        found.append(checksum(item.parameter[:0] if selection is None else selection.index))
     device = items[0].parameter.device
     return torch.stack([each.to(device) for each in found]).view(-1, 2)
 
 
 @torch.no_grad()
-def _sum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor) -> Tensor:
     """Of all bits, as words of 64: torch would copy smaller ones to add them in 64."""
     bytes_ = in_memory(tensor)
     whole = bytes_.numel() // 8 * 8
@@ -150,7 +150,7 @@ def check_alike(lines: list[str], group: dist.ProcessGroup | None) -> None:
 def check_state(optimizer: NanoAdam, group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Raise ValueError, on every process, if the optimizer's state differs between processes."""
     parts = [value for slot in optimizer._slots.values() for value in slot.state.values()]
-    found = torch.stack([_sum(value).to(device) for value in parts])
+    found = torch.stack([checksum(value).to(device) for value in parts])
     both = torch.cat([found, -found])
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
     if not torch.equal(both[: len(parts)], -both[len(parts) :]):

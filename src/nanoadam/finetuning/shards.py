@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from nanoadam.distributed.agreement import in_memory
+from nanoadam.distributed.agreement import checksum
 from nanoadam.finetuning import processes
 from nanoadam.finetuning.config import Config
 from nanoadam.shards import SHARDED, local
@@ -109,7 +109,7 @@ def drifted(model: nn.Module) -> bool:
     """Whether replicas have other weights than each other."""
     if not processes.joined():
         return False
-    found = [int(in_memory(p).sum(dtype=torch.int64)) for p in model.parameters() if p.requires_grad]
+    found = [int(checksum(p)) for p in model.parameters() if p.requires_grad]
     return any(theirs != found for theirs in processes.gathered(found))
 
 
