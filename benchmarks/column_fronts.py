@@ -61,59 +61,68 @@ def weight(*rates: float, **options: Any) -> Rule:
 
 
 FOUR = (3e-4, 1e-3, 3e-3, 1e-2)
+FIVE = (*FOUR, 3e-2)
 LLAMA: dict[str, Rule] = {
     "adamw": Rule("adamw", rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    "lora r=32": Rule("lora", rates=(3e-4, 1e-3, 3e-3, 1e-2)),
-    "columns 10 %, largest": column((*FOUR, 3e-2), criterion="largest"),
-    "columns 10 %, largest, once": column((*FOUR, 3e-2), criterion="largest", once=True),
-    "weights 10->4 %": weight(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, density=(0.1, 0.04)),
-    "weights 10 %": weight(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "lora r=32": Rule("lora", rates=FOUR),
+    "columns 10 %, largest": column(FIVE, criterion="largest"),
+    "columns 10 %, largest, once": column(FIVE, criterion="largest", once=True),
+    "columns 25 %, largest, once": column(FOUR, density=(0.25, 0.25), criterion="largest", once=True),
+    "columns 25 %, largest": column(FOUR, density=(0.25, 0.25), criterion="largest"),
+    "columns 50 %, largest, once": column(FOUR, density=(0.5, 0.5), criterion="largest", once=True),
+    "weights 10->4 %": weight(*FIVE, density=(0.1, 0.04)),
+    "weights 10 %": weight(*FIVE),
     "columns 10 %": column(FOUR),
-    "columns 10 %, random, once": column((*FOUR, 3e-2), criterion="random", once=True),
-    "columns 10 %, largest, + weights 1 %, once": Rule("masked", criterion="largest", rates=(*FOUR, 3e-2), once=True),
-    "columns 5 to 15 % by depth, largest, once": column(FOUR, criterion="largest", once=True, depth=(0.05, 0.15)),
-    "columns 15 to 5 % by depth, largest, once": column(FOUR, criterion="largest", once=True, depth=(0.15, 0.05)),
+    "columns 10 %, random, once": column(FIVE, criterion="random", once=True),
+    "columns 10 %, largest, + weights 1 %, once": Rule("masked", criterion="largest", rates=FIVE, once=True),
+    "columns 5 to 15 % by depth, largest, once": column(FIVE, criterion="largest", once=True, depth=(0.05, 0.15)),
+    "columns 15 to 5 % by depth, largest, once": column(FIVE, criterion="largest", once=True, depth=(0.15, 0.05)),
     "weights 1 %": weight(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, density=(0.01, 0.01)),
     "shira r=32": Rule("shira", rates=(1e-3, 3e-3, 1e-2, 3e-2)),
-    "supertuning 10 %, smallest": Rule("supertuning", rates=FOUR),
-    "oft": Rule("oft", rates=(3e-4, 1e-3, 3e-3, 1e-2)),
+    "supertuning 10 %, smallest": Rule("supertuning", rates=FIVE),
+    "oft": Rule("oft", rates=FIVE),
+}
+MORE_LLAMA: dict[str, Rule] = {
     "columns 10 %, once": column((1e-3, 3e-3, 1e-2, 3e-2), once=True),
     "columns 10 %, random": column(FOUR, criterion="random"),
     "columns 25 %": column(FOUR, density=(0.25, 0.25)),
-    "columns 25 %, largest, once": column(FOUR, density=(0.25, 0.25), criterion="largest", once=True),
-    "columns 10 %, inputs smallest, once": column((*FOUR, 3e-2), inputs=True, once=True),
-    "columns 10 %, inputs largest, once": column((*FOUR, 3e-2), inputs=True, once=True, criterion="largest"),
+    "columns 10 %, inputs smallest, once": column(FIVE, inputs=True, once=True),
+    "columns 10 %, inputs largest, once": column(FIVE, inputs=True, once=True, criterion="largest"),
     "rows 10 %": column(FOUR, rows="all"),
     "rows and columns coupled 10 %": column(FOUR, rows="q_proj k_proj v_proj gate_proj up_proj"),
     "columns 10->4 %": column(FOUR, density=(0.1, 0.04)),
     "columns 5 %": column((1e-3, 3e-3, 1e-2, 3e-2), density=(0.05, 0.05)),
     "columns 2 %": column((1e-3, 3e-3, 1e-2, 3e-2), density=(0.02, 0.02)),
 }
+SLOW = (1e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 MINILM: dict[str, Rule] = {
     "adamw": Rule("adamw", rates=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4)),
-    "lora r=32": Rule("lora", rates=(3e-5, 1e-4, 3e-4, 1e-3)),
-    "weights 10->4 %": weight(1.5e-4, 3e-4, 6e-4, 1.2e-3, density=(0.1, 0.04)),
-    "columns 10 %, largest": column((1e-4, 3e-4, 6e-4, 1.2e-3), criterion="largest"),
-    "columns 10 %, largest, once": column((1e-4, 3e-4, 6e-4, 1.2e-3), criterion="largest", once=True),
-    "columns 10 %": column((1e-4, 3e-4, 6e-4, 1.2e-3)),
-    "columns 10 %, random, once": column((1e-4, 3e-4, 6e-4, 1.2e-3), criterion="random", once=True),
-    "weights 10 %": weight(1.5e-4, 3e-4, 6e-4, 1.2e-3),
+    "lora r=32": Rule("lora", rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    "weights 10->4 %": weight(1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, density=(0.1, 0.04)),
+    "columns 10 %, largest": column(SLOW[:4], criterion="largest"),
+    "columns 10 %, largest, once": column(SLOW, criterion="largest", once=True),
+    "columns 10 %": column(SLOW),
+    "columns 10 %, random, once": column(SLOW[:4], criterion="random", once=True),
+    "weights 10 %": weight(1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3),
     "weights 1 %": weight(6e-4, 1.2e-3, 2.4e-3, 4.8e-3, density=(0.01, 0.01)),
     "shira r=32": Rule("shira", rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3)),
-    "supertuning 10 %, smallest": Rule("supertuning", rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3)),
+    "supertuning 10 %, smallest": Rule("supertuning", rates=(1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)),
     "oft": Rule("oft", rates=(1e-4, 3e-4, 1e-3, 3e-3)),
-    "columns 10 %, once": column((1e-4, 3e-4, 6e-4, 1.2e-3), once=True),
-    "columns 10 %, random": column((1e-4, 3e-4, 6e-4), criterion="random"),
-    "columns 10 %, inputs smallest, once": column((1e-4, 3e-4, 6e-4), inputs=True, once=True),
-    "rows 10 %": column((1e-4, 3e-4, 6e-4), rows="all"),
-    "columns 25 %": column((1e-4, 3e-4, 6e-4), density=(0.25, 0.25)),
-    "columns 2 %": column((3e-4, 6e-4, 1.2e-3), density=(0.02, 0.02)),
+}
+MORE_MINILM: dict[str, Rule] = {
+    "columns 10 %, once": column(SLOW[:4], once=True),
+    "columns 10 %, random": column(SLOW[:4], criterion="random"),
+    "columns 10 %, inputs smallest, once": column(SLOW[:4], inputs=True, once=True),
+    "rows 10 %": column(SLOW[:4], rows="all"),
+    "columns 25 %": column((3e-5, *SLOW[:3]), density=(0.25, 0.25)),
+    "columns 25 %, largest, once": column((3e-5, *SLOW[:4]), density=(0.25, 0.25), criterion="largest", once=True),
+    "columns 25 %, random, once": column((3e-5, *SLOW[:4]), density=(0.25, 0.25), criterion="random", once=True),
+    "columns 2 %": column(SLOW[1:], density=(0.02, 0.02)),
 }
 EPOCHS = {"gsm8k": 1, "cola": 3, "sst2": 2}
 TASKS = {"llama": ("gsm8k",), "minilm": ("cola", "sst2")}
-RULES = {"llama": LLAMA, "minilm": MINILM}
-FIRST = {"llama": 15, "minilm": 12}
-"""How many of the rules come first."""
+RULES = {"llama": (LLAMA, MORE_LLAMA), "minilm": (MINILM, MORE_MINILM)}
+"""Those that are compared first, at all seeds, and the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +141,19 @@ class Run:
 
 def plan(model: str, seeds: Sequence[int]) -> list[Run]:
     """The rules that are compared first at all seeds, then the others."""
-    found = [
-        (number >= FIRST[model], seed, Run(task, name, rate, seed))
+    return [
+        Run(task, name, rate, seed)
+        for rules in RULES[model]
         for seed in seeds
-        for number, (name, rule) in enumerate(RULES[model].items())
+        for name, rule in rules.items()
         for task in TASKS[model]
         for rate in rule.rates
     ]
-    return [run for *_, run in sorted(found, key=lambda each: each[:2])]
+
+
+def rule_of(model: str, name: str) -> Rule:
+    first, others = RULES[model]
+    return {**first, **others}[name]
 
 
 # Data, once, where the sources are ------------------------------------------------------------------------
@@ -208,7 +222,7 @@ class Job(rates.Task):
 def tune(job: Job, run: Run) -> dict[str, Any]:
     """One line: what was learned and what was kept, with parts of the change."""
     began = time.perf_counter()
-    rule = RULES[job.kind][run.rule]
+    rule = rule_of(job.kind, run.rule)
     per_epoch = len(job.order) // BATCH
     steps = EPOCHS[run.task] * per_epoch
     job.generator = torch.Generator().manual_seed(run.seed)

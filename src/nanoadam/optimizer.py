@@ -253,7 +253,7 @@ class NanoAdam(SlotOptimizer):
             gradient = slot.gradient
             if gradient is not None:
                 seen = True
-                if gradient.layout != torch.strided:
+                if type(gradient) is not SelectedGradient and gradient.layout != torch.strided:
                     checks.check_gradient(slot.name, gradient)
         if self._looked:
             return

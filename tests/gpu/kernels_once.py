@@ -2,7 +2,13 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/kernels_once.py
 compute-sanitizer --tool racecheck python tests/gpu/kernels_once.py
+
+Names of cases behind it run these alone: `weights`, `columns` or `microadam` all of a kind. Run it once without the
+checker before: Triton's compiler is then done.
 """
+
+import sys
+import time
 
 import torch
 
@@ -68,22 +74,36 @@ def train_microadam(dtype, device="cuda", **options):
         opt.step()
 
 
+CASES = {
+    "weights float32": lambda: train(torch.float32, 0.01),
+    "weights bfloat16": lambda: train(torch.bfloat16, 0.01),
+    "weights float16": lambda: train(torch.float16, 0.01),
+    "weights schedule": lambda: train(torch.bfloat16, linear(0.4, 0.05, total_steps=4, interval=1)),
+    "weights all": lambda: train(torch.bfloat16, 1.0, state_dtype=torch.float32, grad_dtype=torch.bfloat16),
+    "weights random, zeros kept": lambda: train(torch.float32, 0.1, criterion="random", keep_zeros=True),
+    "weights largest, reset": lambda: train(torch.bfloat16, 0.1, criterion="largest", moments="reset"),
+    "weights by gradient": lambda: train(torch.float16, 0.1, criterion="gradient"),
+    "columns float32": lambda: train_columns(torch.float32, 0.1),
+    "columns bfloat16": lambda: train_columns(torch.bfloat16, 0.1),
+    "columns float16": lambda: train_columns(torch.float16, 0.1),
+    "columns schedule": lambda: train_columns(
+        torch.bfloat16, linear(0.4, 0.05, total_steps=4, interval=1), state_dtype=torch.float32
+    ),
+    "columns transposed, random": lambda: train_columns(torch.float32, 0.2, transposed=True, criterion="random"),
+    "columns largest, zeros kept": lambda: train_columns(
+        torch.float32, 0.2, keep_zeros=True, criterion="largest", grad_dtype=torch.bfloat16
+    ),
+    "columns reset, not released": lambda: train_columns(torch.float32, 0.2, moments="reset", gradient_release=False),
+    "microadam bfloat16": lambda: train_microadam(torch.bfloat16),
+    "microadam float32, rounded": lambda: train_microadam(torch.float32, stochastic_rounding=False),
+    "microadam float16, every weight": lambda: train_microadam(torch.float16, weight_decay=0.1),
+}
+
 if __name__ == "__main__":
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        train(dtype, 0.01)
-    train(torch.bfloat16, linear(0.4, 0.05, total_steps=4, interval=1))
-    train(torch.bfloat16, 1.0, state_dtype=torch.float32, grad_dtype=torch.bfloat16)
-    train(torch.float32, 0.1, criterion="random", keep_zeros=True)
-    train(torch.bfloat16, 0.1, criterion="largest", moments="reset")
-    train(torch.float16, 0.1, criterion="gradient")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        train_columns(dtype, 0.1)
-    train_columns(torch.bfloat16, linear(0.4, 0.05, total_steps=4, interval=1), state_dtype=torch.float32)
-    train_columns(torch.float32, 0.2, transposed=True, criterion="random")
-    train_columns(torch.float32, 0.2, keep_zeros=True, criterion="largest", grad_dtype=torch.bfloat16)
-    train_columns(torch.float32, 0.2, moments="reset", gradient_release=False)
-    train_microadam(torch.bfloat16)
-    train_microadam(torch.float32, stochastic_rounding=False)
-    train_microadam(torch.float16, weight_decay=0.1)  # every weight moves
-    torch.cuda.synchronize()
+    for name, case in CASES.items():
+        if len(sys.argv) == 1 or any(name.startswith(wanted) for wanted in sys.argv[1:]):
+            begun = time.perf_counter()
+            case()
+            torch.cuda.synchronize()
+            print(f"{name}: {time.perf_counter() - begun:.1f} s", flush=True)
     print("done")
