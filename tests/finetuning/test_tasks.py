@@ -237,6 +237,22 @@ def test_label_smoothing_is_for_one_class_a_row(task: str, root: Path, tmp_path:
         prepare(config(root / "bert", path, task=task, label_smoothing=0.1))
 
 
+@pytest.mark.parametrize("missing", [-1, None, -100])
+def test_a_word_without_a_tag_is_named(missing: int | None, root: Path, tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    rows = {"tokens": [["the", "film"]] * 12, "tags": [[0, missing if i == 5 else 1] for i in range(12)]}
+    features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", "X"]))})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="row 6 of a.parquet has a word without a tag"):
+        prepare(config(root / "bert", tmp_path / "a.parquet"))
+    if missing is None:
+        path = tiny.jsonl(tmp_path / "a.jsonl", [{"text": "a", "labels": ["x", None if i == 5 else "y"]}
+                                                 for i in range(12)])  # fmt: skip
+        with pytest.raises(ValueError, match="row 6 of a.jsonl has a label that 'labels' has no name for"):
+            prepare(config(root / "bert", path))
+
+
 @pytest.mark.parametrize("label", [-1, None])
 def test_a_row_without_a_class_in_parquet_is_named(label: int | None, root: Path, tmp_path: Path) -> None:
     from datasets import ClassLabel, Dataset, Features, Value

@@ -121,7 +121,7 @@ def _sets(split: Split, column: str) -> list[list[str]]:
             value = []
         if not isinstance(value, list) or any(isinstance(part, (list, dict)) for part in value):
             raise ValueError(f"{split.where(index)} has {_shown(value)} in {column!r}, which is no list of labels")
-        if named is not None and any(part is None or not 0 <= part < len(named) for part in value):
+        if any(part is None or (named is not None and not 0 <= part < len(named)) for part in value):
             raise ValueError(f"{split.where(index)} has a label that {column!r} has no name for: {_shown(value)}")
         found.append([class_of(part) if named is None else named[part] for part in value])
     return found
