@@ -85,6 +85,13 @@ def test_what_the_steps_so_far_were_made_with_is_refused_by_name(
     assert (begun / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_goes_on_tries_no_rates(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (begun / "metrics.jsonl").read_bytes()
+    assert cli.main(["finetune", "--resume", str(begun), "--learning-rate", "auto"]) == 2
+    assert "tries no learning rates: give --learning-rate a number" in capsys.readouterr().err
+    assert (begun / "metrics.jsonl").read_bytes() == before
+
+
 def test_what_changes_nothing_that_is_learned_may_be_changed(begun: Path) -> None:
     change(begun, "eval_batch_size", "7")
     change(begun, "log_every", "3")

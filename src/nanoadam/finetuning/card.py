@@ -18,7 +18,7 @@ def card(manifest: dict[str, Any]) -> str:
     head = {
         "library_name": "transformers",
         "pipeline_tag": PIPELINES.get(settings["task"]),
-        "tags": ["nanoadam", settings["task"], settings["optimizer"]],
+        "tags": list(dict.fromkeys(["nanoadam", settings["task"], settings["optimizer"]])),
         **({"base_model": base} if not Path(name).exists() else {}),
     }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
