@@ -15,7 +15,7 @@ import tiny
 from nanoadam import cli
 from nanoadam.finetuning import folders
 from nanoadam.finetuning import run as finetune
-from nanoadam.finetuning.config import FIELDS, Config
+from nanoadam.finetuning.config import FIELDS, Config, read
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -83,6 +83,21 @@ def test_what_the_steps_so_far_were_made_with_is_refused_by_name(
     error = capsys.readouterr().err
     assert error.startswith(f"nanoadam: {key} was ") and "set it back in config.toml, or begin anew" in error
     assert (begun / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_a_lower_rate_holds_whatever_the_optimizer(once: Path, optimizer: str, tmp_path: Path) -> None:
+    def stop(line: dict[str, object]) -> None:
+        if line["step"] == 3 and "event" not in line:
+            raise KeyboardInterrupt
+
+    settings = {**read(once / "config.toml"), "optimizer": optimizer, "max_steps": 4}
+    settings = {key: value for key, value in settings.items() if key not in ("density", "density_end")}
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(Config(**settings), tmp_path / "run", stop)
+    finetune.resume(tmp_path / "run", keys={"learning_rate": 1e-6})
+    lines = [line for line in folders.read_lines(tmp_path / "run" / "metrics.jsonl") if line["event"] == "train"]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 7.5e-4, 5e-7, 2.5e-7])
 
 
 def test_a_run_that_goes_on_tries_no_rates(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -429,7 +429,8 @@ class Changed(TrainerCallback):
                 factor = scheduler.lr_lambdas[i](scheduler.last_epoch) if hasattr(scheduler, "lr_lambdas") else 1.0
                 scheduler.base_lrs[i] = group["initial_lr"] = rate
                 group["lr"] = rate * factor
-            group["eps"] = config.eps if "eps" in group else group.get("eps")
+            if isinstance(group.get("eps"), float):  # adafactor has two, which are not the config's
+                group["eps"] = config.eps
             if group.get("weight_decay"):
                 group["weight_decay"] = config.weight_decay
             now.append(float(group["lr"]))
