@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,10 @@ pytest.importorskip("transformers")
 
 import tiny
 from nanoadam import cli
-from nanoadam.finetuning import folders
+from nanoadam.finetuning import folders, use
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
+from nanoadam.reports.verdict import usage
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -146,6 +148,25 @@ def test_a_text_is_tagged_word_by_word(tmp_path: Path, capsys: pytest.CaptureFix
         assert "must have a list of words in 'tokens'" in printed(
             ["predict", tmp_path / "run", "--data", data], capsys, 2
         )
+
+
+@pytest.mark.parametrize("kind", ["pair", "chat"])
+def test_the_lines_that_use_a_model_read_all_that_it_reads(kind: str, tmp_path: Path) -> None:
+    pair = {"sentence1": "the first of a pair", "sentence2": "the second"}
+    talk = {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "good"}]}
+    rows = [pair | {"label": "yn"[i % 2]} if kind == "pair" else talk for i in range(12)]
+    model = (tiny.bert_folder if kind == "pair" else lambda f: tiny.causal_folder(f, chat=True))(tmp_path / "model")
+    run = tmp_path / "run"
+    finetune.run(Config(model=str(model), train=str(tiny.jsonl(tmp_path / "a.jsonl", rows)), device="cpu", max_steps=1,
+                        learning_rate=1e-3, samples=0), run)  # fmt: skip
+    *code, last = usage(json.loads((run / "manifest.json").read_text()), str(run / "model"))
+    names: dict[str, Any] = {"print": lambda said: names.update(said=said)}
+    exec("\n".join([*code, last.replace("50", "5, do_sample=False")]), names)
+    (ours,) = use.predict(run, str(tiny.jsonl(tmp_path / "b.jsonl", rows[:1])), [], 1, 5, lambda *_: None)
+    if kind == "pair":
+        assert names["said"]["score"] == pytest.approx(ours["score"], abs=1e-4)
+    else:
+        assert names["said"][0]["generated_text"][-1]["content"].split() == ours["written"].split()
 
 
 # What it says of itself ------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def card(manifest: dict[str, Any]) -> str:
 
 ## Use
 ```python
-{chr(10).join(usage(settings["task"], "PATH/OR/HUB/ID"))}
+{chr(10).join(usage(manifest, "PATH/OR/HUB/ID"))}
 ```
 
 ## What it came to
