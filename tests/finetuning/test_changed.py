@@ -114,6 +114,17 @@ def test_what_changes_nothing_that_is_learned_may_be_changed(begun: Path) -> Non
     assert json.loads((begun / "manifest.json").read_text())["settings"]["eval_batch_size"] == 7
 
 
+def test_the_metric_stays_where_it_chooses_the_best_weights(once: Path, tmp_path: Path) -> None:
+    def stop(line: dict[str, object]) -> None:
+        if line["step"] == 3 and "event" not in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(Config(**{**read(once / "config.toml"), "best": True}), tmp_path / "run", stop)
+    with pytest.raises(ValueError, match="metric was None when the run in .* began and is 'loss' now"):
+        finetune.resume(tmp_path / "run", keys={"metric": "loss"})
+
+
 def test_before_the_first_checkpoint_everything_may_be_changed(begun: Path) -> None:
     shutil.rmtree(begun / "checkpoints")
     change(begun, "density", "0.5")

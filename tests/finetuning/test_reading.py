@@ -145,6 +145,8 @@ def test_codes_stay_codes(tmp_path: Path) -> None:
     (tmp_path / "codes.csv").write_text("text,label\n" + "a,007\nb,7\nc,01\nd,1\n" * 6)
     split = data.read(str(tmp_path / "codes.csv"))
     assert labels.label_names(split, "label") == ["01", "1", "007", "7"]
+    assert labels.unlabelled(["-", "neutral", "Unknown"]) == ["-", "Unknown"]
+    assert labels.unlabelled(["-1", "0", "1"]) == ["-1"] and labels.unlabelled(["-1", "1"]) == []
     assert labels.alike(["007", "7", "01", "Good", "good ", "bad"]) == [("007", "7"), ("Good", "good ")]
 
 

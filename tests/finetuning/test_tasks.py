@@ -11,7 +11,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 import tiny
-from nanoadam.finetuning import models
+from nanoadam.finetuning import models, outcome
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.job import prepare
@@ -87,6 +87,12 @@ def test_a_checkpoint_of_another_model_is_refused(root: Path, tmp_path: Path) ->
     )
     with pytest.raises(ValueError, match="lacks 16 weights of a BertForSequenceClassification"):
         prepare(config(folder, tiny.jsonl(tmp_path / "a.jsonl", tiny.sentences(20))))
+
+
+def test_a_class_that_says_that_there_is_none_is_named_first(root: Path, tmp_path: Path) -> None:
+    rows = [*tiny.sentences(20), *({"text": "the film", "label": "-"},) * 4]
+    job = prepare(config(root / "bert", tiny.jsonl(tmp_path / "a.jsonl", rows)))
+    assert any(line.startswith("Note: '-' is learned as a class") for line in outcome.beginning(job))
 
 
 # Kinds -----------------------------------------------------------------------------------------------------

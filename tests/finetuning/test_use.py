@@ -69,6 +69,19 @@ def test_a_test_set_is_measured_as_the_validation_split_was(
     assert sum(row["rows"] for row in found["details"]["classes"]) == 20
 
 
+def test_a_run_whose_training_data_is_gone_says_what_that_is_needed_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run.parent / "train.jsonl"
+    hidden = rows.rename(tmp_path / "elsewhere")
+    try:
+        error = printed(["evaluate", run, "--data", hidden], capsys, 2)
+        printed(["predict", run, "--text", "the film"], capsys)
+    finally:
+        hidden.rename(rows)
+    assert f"was trained on {rows}, which is not there any more" in error
+
+
 def test_what_cannot_be_used_says_why(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no run folder" in printed(["predict", tmp_path, "--text", "a"], capsys, 2)
     assert "give either --data" in printed(["predict", run], capsys, 2)

@@ -96,6 +96,14 @@ def alike(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in found.values() if len(group) > 1]
 
 
+def unlabelled(names: Sequence[str]) -> list[str]:
+    """Classes whose names say elsewhere that a row has no label: SNLI's "-", and -1 beside 0."""
+    return [name for name in names if name.strip().lower() in _NO_LABEL or (name == "-1" and "0" in names)]
+
+
+_NO_LABEL = ("-", "?", "nan", "none", "null", "n/a", "na", "unknown", "unlabeled", "unlabelled")
+
+
 def sets_of_names(train: Split, column: str) -> list[str]:
     """The classes in the training set where a row has any number of them, as a list or as text with commas.
 

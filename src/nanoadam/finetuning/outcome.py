@@ -39,6 +39,10 @@ def beginning(job: Job) -> list[str]:
         f"Note: {', '.join(map(repr, group))} are different classes here; do they mean the same?"
         for group in about.get("alike", ())
     ]
+    lines += [
+        f"Note: {name!r} is learned as a class; if it says that a row has no label, remove such rows"
+        for name in about.get("unlabelled", ())
+    ]
     if "tokens" in about:
         lines.append(f"Length: {about['tokens']['median']} tokens in the middle, {about['tokens']['most']} at most; "
                      f"the model takes {about['most_tokens']}")  # fmt: skip

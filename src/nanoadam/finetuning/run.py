@@ -215,7 +215,8 @@ def _changed(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, t
               for key, value in manifest.get("settings", {}).items()}  # fmt: skip
     now = {key: getattr(config, key) for key in configs.FIELDS}
     other = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
-    fixed = [key for key in other if key not in (*APPLIED, *FREE)]
+    kept = ("metric",) if config.best else ()  # by which the best weights so far were chosen
+    fixed = [key for key in other if key not in (*APPLIED, *FREE) or key in kept]
     if fixed:
         key = fixed[0]
         raise ValueError(

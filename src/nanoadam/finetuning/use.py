@@ -58,6 +58,11 @@ def evaluate(run: Path, name: str, batch_size: int = 32) -> dict[str, Any]:
         ValueError: as for the validation data of a run.
     """
     config, manifest = load(run)
+    if Path(config.train).is_absolute() and not Path(config.train).exists():
+        raise ValueError(
+            f"{run} was trained on {config.train}, which is not there any more: evaluate reads its classes and what "
+            "the commonest answer is from it; predict does without"
+        )
     job = _job(dataclasses.replace(config, validation=name, validation_rows=None, eval_batch_size=batch_size))
     with tempfile.TemporaryDirectory() as folder:
         trainer = training.RunTrainer.of(job, training.arguments_for(job, Path(folder), 1), [])

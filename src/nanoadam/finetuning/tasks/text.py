@@ -104,6 +104,8 @@ class TextClassification(_Text):
         found: dict[str, Any] = {"classes": labels.counts(self.train["labels"], self.names)}
         if doubles := labels.alike(self.names):
             found["alike"] = [list(group) for group in doubles]
+        if none := labels.unlabelled(self.names):
+            found["unlabelled"] = none
         return found
 
     def measure(self, prediction: EvalPrediction) -> dict[str, float]:
