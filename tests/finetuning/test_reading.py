@@ -229,6 +229,11 @@ def test_json_of_every_shape(tmp_path: Path) -> None:
     (tmp_path / "columns.json").write_text(json.dumps({"text": ["a", "b"], "label": [1, 2]}))
     for name in ("lines", "within", "columns"):
         assert rows_of(tmp_path / f"{name}.json") == rows, name
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows, indent=1))
+    assert rows_of(tmp_path / "list.jsonl") == rows
+    (tmp_path / "lines.txt").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="lines.txt seems to hold JSON lines, not text: call it .jsonl"):
+        rows_of(tmp_path / "lines.txt")
     one = {"tokens": ["a", "b"], "ner_tags": ["O", "O"]}
     (tmp_path / "one.json").write_text(json.dumps(one))
     assert rows_of(tmp_path / "one.json") == [one]

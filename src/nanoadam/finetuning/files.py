@@ -139,7 +139,11 @@ def _text(path: Path, reading: Reading) -> str:
 
 
 def _jsonl(path: Path, reading: Reading) -> Rows:
-    return _json_lines(path, _text(path, reading))
+    text = _text(path, reading)
+    if text.lstrip().startswith("["):  # a list of rows, under the other name
+        with contextlib.suppress(ValueError, RecursionError):
+            return _json(path, reading)
+    return _json_lines(path, text)
 
 
 def _json_lines(path: Path, text: str) -> Rows:
@@ -403,6 +407,8 @@ def _parquet(path: Path, _: Reading) -> Rows:
 def _txt(path: Path, reading: Reading) -> Rows:
     """A row for each paragraph, or for each line where no line is empty."""
     text = _text(path, reading).replace("\r\n", "\n")
+    if all(line.startswith("{") and line.endswith("}") for line in text.split("\n")[:20] if line) and text.strip():
+        raise ValueError(f"{path} seems to hold JSON lines, not text: call it .jsonl")
     mark = "\n\n" if "\n\n" in text.strip() else "\n"
     parts, lines, line = [], [], 1
     for part in text.split(mark):
