@@ -15,7 +15,7 @@ import tiny
 from nanoadam import cli
 from nanoadam.finetuning import folders
 from nanoadam.finetuning import run as finetune
-from nanoadam.finetuning.config import FIELDS, Config
+from nanoadam.finetuning.config import FIELDS, Config, read
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -85,11 +85,44 @@ def test_what_the_steps_so_far_were_made_with_is_refused_by_name(
     assert (begun / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_a_lower_rate_holds_whatever_the_optimizer(once: Path, optimizer: str, tmp_path: Path) -> None:
+    def stop(line: dict[str, object]) -> None:
+        if line["step"] == 3 and "event" not in line:
+            raise KeyboardInterrupt
+
+    settings = {**read(once / "config.toml"), "optimizer": optimizer, "max_steps": 4}
+    settings = {key: value for key, value in settings.items() if key not in ("density", "density_end")}
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(Config(**settings), tmp_path / "run", stop)
+    finetune.resume(tmp_path / "run", keys={"learning_rate": 1e-6})
+    lines = [line for line in folders.read_lines(tmp_path / "run" / "metrics.jsonl") if line["event"] == "train"]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 7.5e-4, 5e-7, 2.5e-7])
+
+
+def test_a_run_that_goes_on_tries_no_rates(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (begun / "metrics.jsonl").read_bytes()
+    assert cli.main(["finetune", "--resume", str(begun), "--learning-rate", "auto"]) == 2
+    assert "tries no learning rates: give --learning-rate a number" in capsys.readouterr().err
+    assert (begun / "metrics.jsonl").read_bytes() == before
+
+
 def test_what_changes_nothing_that_is_learned_may_be_changed(begun: Path) -> None:
     change(begun, "eval_batch_size", "7")
     change(begun, "log_every", "3")
     finetune.resume(begun)
     assert json.loads((begun / "manifest.json").read_text())["settings"]["eval_batch_size"] == 7
+
+
+def test_the_metric_stays_where_it_chooses_the_best_weights(once: Path, tmp_path: Path) -> None:
+    def stop(line: dict[str, object]) -> None:
+        if line["step"] == 3 and "event" not in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(Config(**{**read(once / "config.toml"), "best": True}), tmp_path / "run", stop)
+    with pytest.raises(ValueError, match="metric was None when the run in .* began and is 'loss' now"):
+        finetune.resume(tmp_path / "run", keys={"metric": "loss"})
 
 
 def test_before_the_first_checkpoint_everything_may_be_changed(begun: Path) -> None:

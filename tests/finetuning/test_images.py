@@ -1,5 +1,6 @@
 """Image classification from folders, arrays and tables, and images that are none."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,19 @@ def test_an_image_that_does_not_decode_is_named(vit: Path, tmp_path: Path, capsy
         (tmp_path / "images" / "b" / "1.png").write_bytes(content)
         error = refused(vit, tmp_path / "images", tmp_path / "run", capsys)
         assert "1.png) holds no image that can be decoded" in error
+
+
+@pytest.mark.parametrize("missing", [None, 7])
+def test_a_row_without_an_image_is_named(
+    missing: int | None, vit: Path, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(next((sources["folder"]).glob("*/*")))
+    held = {None: image, 7: 7}[missing]  # a column holds one type
+    rows = [{"image": missing if i == 4 else held, "label": "ab"[i % 2]} for i in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    error = refused(vit, path, tmp_path / "run", capsys)
+    assert "holds no image that can be decoded" in error and f"{missing!r} is neither a path nor bytes" in error
 
 
 def test_arrays_that_are_no_images(vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

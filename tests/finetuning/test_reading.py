@@ -48,6 +48,9 @@ def test_a_text_left_over_is_refused_unless_told(tmp_path: Path) -> None:
     told = roles(row, tmp_path, text_column="text")
     assert (told.texts, told.ignored) == (("text",), ("summary", "source"))
     assert roles(row, tmp_path, text_column="text", pair_column="summary").texts == ("text", "summary")
+    row = {"premise": LONG, "hypothesis": LONG, "explanation": LONG, "label": 1}
+    with pytest.raises(ValueError, match=r"--text-column premise, .*--pair-column hypothesis"):
+        roles(row, tmp_path)
 
 
 def test_the_only_text_needs_no_usual_name(tmp_path: Path) -> None:
@@ -68,7 +71,12 @@ def test_every_text_of_a_prompt_is_read(tmp_path: Path) -> None:
         read({"question": LONG, "answer": LONG, "notes": LONG})
     kind, found = read({"question": LONG, "answer": LONG, "notes": LONG}, prompt_column="notes,question")
     assert found.texts == ("notes", "question")
+    with pytest.raises(ValueError, match="like --prompt-column instruction,input without the rest"):
+        read({"instruction": LONG, "input": "", "output": LONG, "text": LONG})
+    with pytest.raises(ValueError, match=r"\(content, text\): say which is read with --text-column content"):
+        read({"content": LONG, "text": LONG})
     assert read({"text": LONG})[0] == "text"
+    assert read({"text": "short", "url": "a"})[0] == "text"
     assert read({"conversations": [{"from": "human", "value": "a"}]})[0] == "chat"
 
 
@@ -78,6 +86,9 @@ def test_every_text_of_a_prompt_is_read(tmp_path: Path) -> None:
         ({"text": LONG, "label": "a"}, "BertModel", "text-classification"),
         ({"text": LONG, "label": 0.25}, "BertModel", "text-regression"),
         ({"text": LONG, "label": 2.0}, "BertModel", "text-classification"),
+        ({"text": LONG, "score": "3.8"}, "BertModel", "text-regression"),  # as tables have it
+        ({"text": LONG, "score": "4"}, "BertModel", "text-classification"),
+        ({"text": LONG, "score": "1.2.3"}, "BertModel", "text-classification"),
         ({"text": LONG, "labels": ["a", "b"]}, "BertModel", "multi-label-classification"),
         ({"tokens": ["a"], "ner_tags": [0]}, "BertModel", "token-classification"),
         ({"question": LONG, "answer": LONG}, "LlamaForCausalLM", "causal-lm"),
@@ -134,6 +145,8 @@ def test_codes_stay_codes(tmp_path: Path) -> None:
     (tmp_path / "codes.csv").write_text("text,label\n" + "a,007\nb,7\nc,01\nd,1\n" * 6)
     split = data.read(str(tmp_path / "codes.csv"))
     assert labels.label_names(split, "label") == ["01", "1", "007", "7"]
+    assert labels.unlabelled(["-", "neutral", "Unknown"]) == ["-", "Unknown"]
+    assert labels.unlabelled(["-1", "0", "1"]) == ["-1"] and labels.unlabelled(["-1", "1"]) == []
     assert labels.alike(["007", "7", "01", "Good", "good ", "bad"]) == [("007", "7"), ("Good", "good ")]
 
 
@@ -193,6 +206,9 @@ def test_encodings_are_told_or_named(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.csv", Reading(encoding="cp1252"))[1]["text"] == "café"
     (tmp_path / "b.csv").write_text("text,label\ncafé,y\n", encoding="utf-16")
     assert rows_of(tmp_path / "b.csv")[0]["text"] == "café"
+    (tmp_path / "c.csv").write_bytes("text,label\na,y\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="full of zero bytes.*--encoding utf-16-le"):
+        rows_of(tmp_path / "c.csv")
     with pytest.raises(ValueError, match="there is no encoding 'klingon': try"):
         rows_of(tmp_path / "a.csv", Reading(encoding="klingon"))
 
@@ -210,7 +226,20 @@ def test_json_of_every_shape(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "within.json").write_text(json.dumps({"version": 1, "data": rows}))
-    assert rows_of(tmp_path / "lines.json") == rows_of(tmp_path / "within.json") == rows
+    (tmp_path / "columns.json").write_text(json.dumps({"text": ["a", "b"], "label": [1, 2]}))
+    for name in ("lines", "within", "columns"):
+        assert rows_of(tmp_path / f"{name}.json") == rows, name
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows, indent=1))
+    assert rows_of(tmp_path / "list.jsonl") == rows
+    (tmp_path / "lines.txt").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="lines.txt seems to hold JSON lines, not text: call it .jsonl"):
+        rows_of(tmp_path / "lines.txt")
+    one = {"tokens": ["a", "b"], "ner_tags": ["O", "O"]}
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    assert rows_of(tmp_path / "one.json") == [one]
+    (tmp_path / "two.json").write_text(json.dumps({"train": rows, "test": rows}))
+    with pytest.raises(ValueError, match=r"holds 2 lists of rows \(train, test\)"):
+        rows_of(tmp_path / "two.json")
 
 
 def test_a_column_that_the_first_row_lacks_is_kept(tmp_path: Path) -> None:
@@ -250,6 +279,13 @@ def test_names_for_a_table_that_has_a_header_are_no_row(tmp_path: Path) -> None:
         rows_of(tmp_path / "b.csv")
     with pytest.raises(ValueError, match=r"seems to name its columns \(text, label\), but --columns names others"):
         rows_of(tmp_path / "a.csv", Reading(("sentence", "class")))
+    rows = "".join(f"so {i},{'yn'[i % 2]}\n" for i in range(6))
+    for first in ("tweet,sentiment", "tweet,mood"):
+        (tmp_path / "c.csv").write_text(f"{first}\n{rows}")
+        with pytest.raises(ValueError, match=rf"seems to name its columns \({first.replace(',', ', ')}\)"):
+            rows_of(tmp_path / "c.csv", Reading(("text", "label")))
+    (tmp_path / "c.csv").write_text(f"title,y\n{rows}")  # a row: its class is one of the others'
+    assert len(rows_of(tmp_path / "c.csv", Reading(("text", "label")))) == 7
 
 
 def test_what_is_said_of_one_file_holds_for_others_where_they_do_not_say_it_themselves(tmp_path: Path) -> None:
@@ -277,6 +313,12 @@ def test_an_excel_sheet_is_a_table(tmp_path: Path) -> None:
         {"text": "c", "label": "2.5"},
     ]
     assert found.lines == [2, 3, 5]
+    book = openpyxl.Workbook(write_only=True)  # which does not say how wide its sheet is
+    sheet = book.create_sheet()
+    for row in (["text", "label"], ["a", "y"], ["d", "x", "more"]):
+        sheet.append(row)
+    book.save(tmp_path / "c.xlsx")
+    assert rows_of(tmp_path / "c.xlsx")[-1] == {"text": "d", "label": "x", "unnamed 3": "more"}
     (tmp_path / "b.xlsx").write_text("none")
     with pytest.raises(ValueError, match="cannot be read as an Excel file"):
         rows_of(tmp_path / "b.xlsx")

@@ -11,7 +11,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 import tiny
-from nanoadam.finetuning import models
+from nanoadam.finetuning import models, outcome
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.job import prepare
@@ -87,6 +87,12 @@ def test_a_checkpoint_of_another_model_is_refused(root: Path, tmp_path: Path) ->
     )
     with pytest.raises(ValueError, match="lacks 16 weights of a BertForSequenceClassification"):
         prepare(config(folder, tiny.jsonl(tmp_path / "a.jsonl", tiny.sentences(20))))
+
+
+def test_a_class_that_says_that_there_is_none_is_named_first(root: Path, tmp_path: Path) -> None:
+    rows = [*tiny.sentences(20), *({"text": "the film", "label": "-"},) * 4]
+    job = prepare(config(root / "bert", tiny.jsonl(tmp_path / "a.jsonl", rows)))
+    assert any(line.startswith("Note: '-' is learned as a class") for line in outcome.beginning(job))
 
 
 # Kinds -----------------------------------------------------------------------------------------------------
@@ -235,6 +241,22 @@ def test_label_smoothing_is_for_one_class_a_row(task: str, root: Path, tmp_path:
     path = tiny.jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": i / 2} for i in range(12)])
     with pytest.raises(ValueError, match=f"label_smoothing is for one class a row, not for {task}"):
         prepare(config(root / "bert", path, task=task, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("missing", [-1, None, -100])
+def test_a_word_without_a_tag_is_named(missing: int | None, root: Path, tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    rows = {"tokens": [["the", "film"]] * 12, "tags": [[0, missing if i == 5 else 1] for i in range(12)]}
+    features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", "X"]))})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="row 6 of a.parquet has a word without a tag"):
+        prepare(config(root / "bert", tmp_path / "a.parquet"))
+    if missing is None:
+        path = tiny.jsonl(tmp_path / "a.jsonl", [{"text": "a", "labels": ["x", None if i == 5 else "y"]}
+                                                 for i in range(12)])  # fmt: skip
+        with pytest.raises(ValueError, match="row 6 of a.jsonl has a label that 'labels' has no name for"):
+            prepare(config(root / "bert", path))
 
 
 @pytest.mark.parametrize("label", [-1, None])

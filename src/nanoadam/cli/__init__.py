@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         context = getattr(error, "ctx", None)
         path = getattr(context, "command_path", "nanoadam")
-        sentence = str(error.format_message()).rstrip(".")
+        sentence = str(error.format_message())
         for far in (" (Possible options: ", " Did you mean "):  # what the parser finds near is often not
-            sentence = sentence.partition(far)[0]
+            sentence = sentence.partition(far)[0].rstrip(".")
         return _refuse(f"{sentence} (see {path} --help)")
     if result == 130 and processes.first():
         print("nanoadam: interrupted", file=sys.stderr)

@@ -86,7 +86,7 @@ def _print(folder: Path, results: dict[str, Any]) -> None:
     lines = [sentence(manifest), *(f"Note: {note}." for note in results.get("notes", ()))]
     if (folder / "model").is_dir():
         lines += [f"Model: {folder / 'model'}. To use it:"]
-        lines += [f"    {line}" for line in usage(manifest["settings"]["task"], str(folder / "model"))]
+        lines += [f"    {line}" for line in usage(manifest, str(folder / "model"))]
         lines += [f"Or: nanoadam predict {folder} --data FILE"]
     lines.append(f"Report: {folder / 'report.html'}")
     for line in lines:

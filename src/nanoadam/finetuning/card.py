@@ -18,7 +18,7 @@ def card(manifest: dict[str, Any]) -> str:
     head = {
         "library_name": "transformers",
         "pipeline_tag": PIPELINES.get(settings["task"]),
-        "tags": ["nanoadam", settings["task"], settings["optimizer"]],
+        "tags": list(dict.fromkeys(["nanoadam", settings["task"], settings["optimizer"]])),
         **({"base_model": base} if not Path(name).exists() else {}),
     }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
@@ -40,7 +40,7 @@ def card(manifest: dict[str, Any]) -> str:
 
 ## Use
 ```python
-{chr(10).join(usage(settings["task"], "PATH/OR/HUB/ID"))}
+{chr(10).join(usage(manifest, "PATH/OR/HUB/ID"))}
 ```
 
 ## What it came to

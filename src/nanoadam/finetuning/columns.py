@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,10 +112,19 @@ def _by_label(rows: Dataset, label: str, names: set[str]) -> str:
     feature = rows.features[label]
     if _is_list(feature):
         return "token-classification" if names & set(TOKENS) else "multi-label-classification"
-    if isinstance(feature, Value) and feature.dtype.startswith(("float", "double")):
-        values = [v for v in rows[: min(len(rows), 5_000)][label] if v is not None]
-        return "text-regression" if any(not float(v).is_integer() for v in values if v == v) else "text-classification"
+    if _is_string(feature) or (isinstance(feature, Value) and feature.dtype.startswith(("float", "double"))):
+        values = [v for v in rows[: min(len(rows), 5_000)][label] if v not in (None, "")]
+        return "text-regression" if _measured(values) else "text-classification"
     return "text-classification"
+
+
+def _measured(values: Sequence[Any]) -> bool:
+    """Whether all are numbers, as tables hold them in text, and not all of them whole."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return False
+    return any(math.isfinite(number) and not number.is_integer() for number in numbers)
 
 
 def _is_list(feature: Any) -> bool:
@@ -183,7 +193,7 @@ def _refuse_more(name: str, read: Sequence[str], more: Sequence[str]) -> None:
     if more:
         raise ValueError(
             f"{name} has more columns of text than one reading explains ({', '.join((*read, *more))}): say what is "
-            f"read with --text-column {read[0]}, and of a pair the second with --pair-column {more[0]}"
+            f"read with --text-column {read[0]}, and of a pair the second with --pair-column {[*read, *more][1]}"
         )
 
 
@@ -239,6 +249,12 @@ def of_completions(name: str, rows: Dataset, config: Config) -> tuple[str, Roles
     completes = names.keys() & set(COMPLETION)
     if config.text_column is not None or (not named and not completes and _only_text(rows)):
         return "text", _roles(rows, (_plain(name, rows, config),), None)
+    texty = [column for column in rows.column_names if _is_text(rows, column)]
+    if not named and not completes and len(texty) > 1:
+        raise ValueError(
+            f"{name} has more columns of text than one reading explains ({', '.join(texty)}): say which is read with "
+            f"--text-column {texty[0]}, or name two of them with --prompt-column and --completion-column"
+        )
     completion = find(name, rows, "completion_column", config.completion_column, COMPLETION, "causal-lm")
     if config.prompt_column is not None:
         prompt = tuple(
@@ -250,12 +266,12 @@ def of_completions(name: str, rows: Dataset, config: Config) -> tuple[str, Roles
     prompt = tuple(names[part] for part in ALPACA if part in names and names[part] != completion)
     if ALPACA[0] not in names:
         prompt = (find(name, rows, "prompt_column", None, PROMPT, "causal-lm"),)
-    texty = [column for column in rows.column_names if column not in (*prompt, completion) and _is_text(rows, column)]
+    texty = [column for column in texty if column not in (*prompt, completion)]
     if texty:
         every = ", ".join((*prompt, completion, *texty))
         raise ValueError(
-            f"{name} has more columns of text than a prompt and a completion ({every}): name the parts of the prompt "
-            f"with --prompt-column {prompt[0]},{texty[0]}, or --prompt-column {prompt[0]} alone"
+            f"{name} has more columns of text than a prompt and a completion ({every}): say what the prompt is, like "
+            f"--prompt-column {','.join(prompt)} without the rest, or --prompt-column {','.join((*prompt, texty[0]))}"
         )
     return "completion", _roles(rows, prompt, completion)
 
@@ -263,7 +279,9 @@ def of_completions(name: str, rows: Dataset, config: Config) -> tuple[str, Roles
 def _only_text(rows: Dataset) -> bool:
     texts = [column for column in rows.column_names if _is_text(rows, column)]
     named = [column for column in rows.column_names if column.lower() in ("text", "content")]
-    return len(texts) == 1 or bool(named and set(texts) <= set(named)) or len(rows.column_names) == 1
+    if len(texts) > 1:
+        return False
+    return bool(named) or len(texts) == 1 or len(rows.column_names) == 1
 
 
 def _plain(name: str, rows: Dataset, config: Config) -> str:

@@ -25,7 +25,8 @@ HEADER_WORDS = frozenset(
     word
     for words in (
         "text sentence sentence1 sentence2 premise hypothesis question question1 question2 label labels target prompt",
-        "completion review id idx index instruction input output answer title score class",
+        "completion review id idx index instruction input output answer title score class category sentiment tweet",
+        "comment content rating stars intent emotion response query passage topic language",
     )
     for word in words.split()
 )
@@ -116,7 +117,7 @@ def text_of(path: Path, encoding: str | None = None, beside: bool = False) -> st
             return raw.decode("utf-8-sig")
     chosen = encoding or ("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     try:
-        return raw.decode(chosen)
+        text = raw.decode(chosen)
     except LookupError as error:
         raise ValueError(f"there is no encoding {encoding!r}: try utf-8, cp1252, latin-1, utf-16 or gb18030") from error
     except UnicodeDecodeError as error:
@@ -125,6 +126,9 @@ def text_of(path: Path, encoding: str | None = None, beside: bool = False) -> st
         raise ValueError(
             f"line {line} of {path} is {said} ({error.reason}): say which encoding it is, like --encoding cp1252"
         ) from error
+    if text[:1000].count("\0") > len(text[:1000]) / 4:
+        raise ValueError(f"{path} is full of zero bytes: say which encoding it is, like --encoding utf-16-le")
+    return text
 
 
 def _text(path: Path, reading: Reading) -> str:
@@ -135,7 +139,11 @@ def _text(path: Path, reading: Reading) -> str:
 
 
 def _jsonl(path: Path, reading: Reading) -> Rows:
-    return _json_lines(path, _text(path, reading))
+    text = _text(path, reading)
+    if text.lstrip().startswith("["):  # a list of rows, under the other name
+        with contextlib.suppress(ValueError, RecursionError):
+            return _json(path, reading)
+    return _json_lines(path, text)
 
 
 def _json_lines(path: Path, text: str) -> Rows:
@@ -169,11 +177,25 @@ def _json(path: Path, reading: Reading) -> Rows:
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else [content]
+        content = _rows_in(path, content)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(f"{path} must hold a list of objects, or one object a line")
     return Rows(_dataset(path, content, None))
+
+
+def _rows_in(path: Path, content: dict[str, Any]) -> Any:
+    """The rows of one object: its only list, its lists as columns where they are alike, or itself as a row."""
+    lists = {key: value for key, value in content.items() if isinstance(value, list)}
+    tables = [key for key, value in lists.items() if value and all(isinstance(row, dict) for row in value)]
+    if len(tables) > 1:
+        raise ValueError(f"{path} holds {len(tables)} lists of rows ({', '.join(tables)}): save each as a file")
+    if len(lists) < 2:
+        return next(iter(lists.values()), [content])
+    counts = {len(value) for value in lists.values()}
+    plain = not any(isinstance(item, (list, dict)) for value in lists.values() for item in value)
+    if len(lists) == len(content) and len(counts) == 1 and plain and not {"tokens", "words"} & lists.keys():
+        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    return [content]
 
 
 def _dataset(path: Path, rows: list[dict[str, Any]], lines: Sequence[int] | None) -> Dataset:
@@ -270,7 +292,7 @@ def _table(path: Path, text: str, delimiter: str, quoting: int, reading: Reading
         raise ValueError(f"line {line} of {path} cannot be read as a table: {error}") from error
     if not rows:
         return Rows(Dataset.from_list([]))
-    names, own = _names(path, rows[0], reading)
+    names, own = _names(path, rows, reading)
     if own:
         del rows[0], lines[0]
     for fields, number in zip(rows, lines, strict=True):
@@ -298,19 +320,20 @@ def _header(path: Path, fields: Sequence[str]) -> list[str]:
     return names
 
 
-def _names(path: Path, fields: Sequence[str], reading: Reading) -> tuple[list[str], bool]:
+def _names(path: Path, rows: Sequence[Sequence[str | None]], reading: Reading) -> tuple[list[str], bool]:
     """The names of a table's columns, and whether they are its first line.
 
     Raises:
         ValueError: if both name them, differently.
     """
-    columns = reading.columns
+    columns, fields = reading.columns, [field or "" for field in rows[0]]
     if not columns:
         return _header(path, fields), True
     found = [field.strip().lower() for field in fields]
     if found == [name.lower() for name in columns]:
         return list(columns), True
-    if len(set(found) & HEADER_WORDS) > 1 or (len(found) == 1 and found[0] in HEADER_WORDS):
+    known = len(set(found) & HEADER_WORDS)
+    if known > 1 or (known and (len(found) == 1 or _stands_out(fields, rows[1:]))):
         if reading.beside:
             return _header(path, fields), True
         raise ValueError(
@@ -318,6 +341,13 @@ def _names(path: Path, fields: Sequence[str], reading: Reading) -> tuple[list[st
             f"({', '.join(columns)}): leave out --columns, or remove that line"
         )
     return list(columns), False
+
+
+def _stands_out(fields: Sequence[str], rows: Sequence[Sequence[str | None]]) -> bool:
+    """Whether no field of a line is in its column again, though some of these columns repeat what they hold."""
+    columns = [[row[i] for row in rows if i < len(row)] for i in range(len(fields))]
+    alone = all(field not in column for field, column in zip(fields, columns, strict=True))
+    return alone and any(len(set(column)) <= len(column) / 2 for column in columns)
 
 
 def _ragged(path: Path, line: int, count: int, names: Sequence[str], delimiter: str, given: bool) -> str:
@@ -344,8 +374,9 @@ def _xlsx(path: Path, reading: Reading) -> Rows:
     numbered = [(i, row) for i, row in enumerate(found, start=1) if any(row)]
     if not numbered:
         return Rows(Dataset.from_list([]))
-    first = ["" if value is None else value for value in numbered[0][1]]
-    names, own = _names(path, first, reading)
+    width = max(len(row) for _, row in numbered)
+    numbered[0][1].extend([None] * (width - len(numbered[0][1])))  # what only later rows have is a column too
+    names, own = _names(path, [row for _, row in numbered], reading)
     if own:
         del numbered[0]
     values = {name: [row[i] if i < len(row) else None for _, row in numbered] for i, name in enumerate(names)}
@@ -376,6 +407,8 @@ def _parquet(path: Path, _: Reading) -> Rows:
 def _txt(path: Path, reading: Reading) -> Rows:
     """A row for each paragraph, or for each line where no line is empty."""
     text = _text(path, reading).replace("\r\n", "\n")
+    if all(line.startswith("{") and line.endswith("}") for line in text.split("\n")[:20] if line) and text.strip():
+        raise ValueError(f"{path} seems to hold JSON lines, not text: call it .jsonl")
     mark = "\n\n" if "\n\n" in text.strip() else "\n"
     parts, lines, line = [], [], 1
     for part in text.split(mark):

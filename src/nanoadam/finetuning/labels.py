@@ -96,6 +96,14 @@ def alike(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in found.values() if len(group) > 1]
 
 
+def unlabelled(names: Sequence[str]) -> list[str]:
+    """Classes whose names say elsewhere that a row has no label: SNLI's "-", and -1 beside 0."""
+    return [name for name in names if name.strip().lower() in _NO_LABEL or (name == "-1" and "0" in names)]
+
+
+_NO_LABEL = ("-", "?", "nan", "none", "null", "n/a", "na", "unknown", "unlabeled", "unlabelled")
+
+
 def sets_of_names(train: Split, column: str) -> list[str]:
     """The classes in the training set where a row has any number of them, as a list or as text with commas.
 
@@ -121,7 +129,7 @@ def _sets(split: Split, column: str) -> list[list[str]]:
             value = []
         if not isinstance(value, list) or any(isinstance(part, (list, dict)) for part in value):
             raise ValueError(f"{split.where(index)} has {_shown(value)} in {column!r}, which is no list of labels")
-        if named is not None and any(part is None or not 0 <= part < len(named) for part in value):
+        if any(part is None or (named is not None and not 0 <= part < len(named)) for part in value):
             raise ValueError(f"{split.where(index)} has a label that {column!r} has no name for: {_shown(value)}")
         found.append([class_of(part) if named is None else named[part] for part in value])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from nanoadam import memory as costs
@@ -9,6 +10,7 @@ from nanoadam import param_groups
 from nanoadam.finetuning import optimizers, processes
 from nanoadam.finetuning.config import ADAPTERS
 from nanoadam.finetuning.job import Job
+from nanoadam.finetuning.tasks.base import SAME
 from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, number
 from nanoadam.text import size
 
@@ -36,6 +38,10 @@ def beginning(job: Job) -> list[str]:
     lines += [
         f"Note: {', '.join(map(repr, group))} are different classes here; do they mean the same?"
         for group in about.get("alike", ())
+    ]
+    lines += [
+        f"Note: {name!r} is learned as a class; if it says that a row has no label, remove such rows"
+        for name in about.get("unlabelled", ())
     ]
     if "tokens" in about:
         lines.append(f"Length: {about['tokens']['median']} tokens in the middle, {about['tokens']['most']} at most; "
@@ -142,18 +148,27 @@ def measured(job: Job, lines: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def notes(job: Job, results: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
-    """What is odd about a result, with what to try."""
+def notes(job: Job, results: dict[str, Any], lines: list[dict[str, Any]], odd: Sequence[str] = ()) -> list[str]:
+    """What is odd about a result, with what to try.
+
+    Args:
+        job: what was done.
+        results: of the run.
+        lines: of metrics.jsonl.
+        odd: what is odd about what the model says of the validation split.
+    """
     found, metric, sign = [], results["metric"], 1 if results["higher_is_better"] else -1
     final, rate = results["final"][metric], job.config.learning_rate or 0.0
     level = results["baseline"].get(metric)
+    remedy = f"try another rate (--learning-rate {3 * rate:.2g} or {rate / 3:.2g}), more epochs, or look at the labels"
     if level is not None and sign * final <= sign * level + 1e-12:
         how = BASELINES.get(str(job.config.task), COMMONEST)
         found.append(
             f"{METRICS.get(metric, metric)} {number(final)} is no better than {how} ({number(level)}): nothing was "
-            f"learned that counts; try another rate (--learning-rate {3 * rate:.2g} or {rate / 3:.2g}), more epochs, "
-            "or look at the labels"
+            f"learned that counts; {remedy}"
         )
+    elif any(note.endswith(SAME) for note in odd):
+        odd = [f"{note}: {remedy}" if note.endswith(SAME) else note for note in odd]
     best = max((line for line in lines if line["event"] == "evaluation" and line["step"]),
                key=lambda line: sign * line["metrics"][metric])  # fmt: skip
     if sign * best["metrics"][metric] > sign * final and not job.config.best:
@@ -162,4 +177,4 @@ def notes(job: Job, results: dict[str, Any], lines: list[dict[str, Any]]) -> lis
     rows = len(job.task.validation)
     if rows < FEW_ROWS and job.config.task != "causal-lm":
         found.append(f"the validation split has {rows} rows, so one row is {100 / rows:.2g} points of accuracy")
-    return found
+    return [*found, *odd]

@@ -176,6 +176,10 @@ def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[
         raise ValueError(f"the run in {out} is finished: its results are in manifest.json, its model in model/")
     written = Config(**configs.read(out / "config.toml"))
     config = dataclasses.replace(written, **keys)
+    if config.learning_rate is None:
+        raise ValueError(
+            "a run that goes on tries no learning rates: give --learning-rate a number, or leave config.toml as it was"
+        )
     checkpoint = last_checkpoint(out / "checkpoints")
     changed = _changed(out, config, manifest) if checkpoint is not None else {}
     processes.wait()  # all have read the folder before the first one writes to it
@@ -211,7 +215,8 @@ def _changed(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, t
               for key, value in manifest.get("settings", {}).items()}  # fmt: skip
     now = {key: getattr(config, key) for key in configs.FIELDS}
     other = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
-    fixed = [key for key in other if key not in (*APPLIED, *FREE)]
+    kept = ("metric",) if config.best else ()  # by which the best weights so far were chosen
+    fixed = [key for key in other if key not in (*APPLIED, *FREE) or key in kept]
     if fixed:
         key = fixed[0]
         raise ValueError(
@@ -249,7 +254,9 @@ def _run(
         name: p.detach().to("cpu", copy=True) if base is None else base[name]
         for name, p in (pretrained(model) if first else {}).items()
     }
-    metrics = training.Metrics(out / "metrics.jsonl", checkpoint, progress, config.head_learning_rate is not None)
+    timed = bool(((more or {}).get("learning_rate") or {}).get("trials")) and checkpoint is None  # then it is known
+    own_head = config.head_learning_rate is not None
+    metrics = training.Metrics(out / "metrics.jsonl", checkpoint, progress, own_head, timed)
     trainer = training.trainer_for(job, out, metrics, changed)
     if base is not None:
         trainer.keep_patches_of(config.model, base, patches.new_tensors(model))
@@ -283,7 +290,7 @@ def _run(
             "seconds_per_step": _seconds_per_step([line for line in lines if line["event"] == "train"]),
             "retained": retain.compared(known, after),
         }
-        results["notes"] = [*outcome.notes(job, results, lines), *details.pop("notes", ())]
+        results["notes"] = outcome.notes(job, results, lines, details.pop("notes", ()))
         done = {**manifest, "results": results, "details": details, "finished": _now()}
         if config.save_model and config.save != "delta":
             with folders.whole_folder(out / "model") as folder:

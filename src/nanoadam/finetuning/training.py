@@ -24,6 +24,7 @@ from nanoadam.finetuning.folders import RunError
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.patches import PatchCheckpoints
 from nanoadam.finetuning.sharing import SharedTrainer
+from nanoadam.text import duration
 
 CURE = "Try a lower learning rate, warm-up or max_grad_norm; --resume RUN --learning-rate 1e-5 goes on with another"
 
@@ -273,14 +274,22 @@ class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
             rotate_checkpoints(str(final.parent), self.keep)
 
 
+TIMED = 5
+"""Steps after which a run that was not timed before says how long it takes."""
+
+
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl; what a resumed run writes continues what stood there at its checkpoint.
 
     Of several processes the first one writes.
     """
 
-    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress | None, own_head: bool) -> None:
+    def __init__(
+        self, path: Path, checkpoint: Path | None, progress: Progress | None, own_head: bool, timed: bool = False
+    ) -> None:
         self._path = path
+        self._untimed = 0 if timed else TIMED
+        self._began = 0.0
         self._own_head = own_head
         self._progress = progress or (lambda _: None)
         self._times: list[float] = []
@@ -305,10 +314,23 @@ class Metrics(TrainerCallback):
         """The clock of a step stops."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._times.append(time.perf_counter() - self._clock)
+        now = time.perf_counter()
+        self._times.append(now - self._clock)
+        self._say_time(now, state)
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True  # the Trainer forgets on resuming what it has not logged
         self._progress({"step": state.global_step, "total": state.max_steps})
+
+    def _say_time(self, now: float, state: Any) -> None:
+        """About how long the rest takes, from the steps after the first, which is slow."""
+        if self._untimed == TIMED:
+            self._began = now
+        self._untimed -= 1
+        left = state.max_steps - state.global_step
+        if self._untimed == 0 and left > TIMED and processes.first():
+            each = (now - self._began) / (TIMED - 1)
+            self._progress({"step": state.global_step, "total": state.max_steps, "about": [
+                f"Time: about {duration(each * left)} from here, at {each:.2g} s a step"]})  # fmt: skip
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A line of metrics.jsonl."""
@@ -407,7 +429,8 @@ class Changed(TrainerCallback):
                 factor = scheduler.lr_lambdas[i](scheduler.last_epoch) if hasattr(scheduler, "lr_lambdas") else 1.0
                 scheduler.base_lrs[i] = group["initial_lr"] = rate
                 group["lr"] = rate * factor
-            group["eps"] = config.eps if "eps" in group else group.get("eps")
+            if isinstance(group.get("eps"), float):  # adafactor has two, which are not the config's
+                group["eps"] = config.eps
             if group.get("weight_decay"):
                 group["weight_decay"] = config.weight_decay
             now.append(float(group["lr"]))

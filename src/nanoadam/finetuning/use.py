@@ -13,10 +13,13 @@ import torch
 from datasets import Dataset
 
 from nanoadam.finetuning import config as configs
-from nanoadam.finetuning import data, models, optimizers, tasks, training
+from nanoadam.finetuning import data, labels, models, optimizers, tasks, training
+from nanoadam.finetuning.columns import MESSAGES
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.files import Reading
 from nanoadam.finetuning.job import Job
+from nanoadam.finetuning.tasks.base import sequence_limit
+from nanoadam.finetuning.tasks.language import messages_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,6 +58,11 @@ def evaluate(run: Path, name: str, batch_size: int = 32) -> dict[str, Any]:
         ValueError: as for the validation data of a run.
     """
     config, manifest = load(run)
+    if Path(config.train).is_absolute() and not Path(config.train).exists():
+        raise ValueError(
+            f"{run} was trained on {config.train}, which is not there any more: evaluate reads its classes and what "
+            "the commonest answer is from it; predict does without"
+        )
     job = _job(dataclasses.replace(config, validation=name, validation_rows=None, eval_batch_size=batch_size))
     with tempfile.TemporaryDirectory() as folder:
         trainer = training.RunTrainer.of(job, training.arguments_for(job, Path(folder), 1), [])
@@ -104,7 +112,8 @@ def predict(
     else:
         if len(columns) != 1 and config.task != "causal-lm":
             raise ValueError(f"this model reads {' and '.join(columns)}: give them with --data")
-        rows = Dataset.from_dict({columns[0]: texts})
+        words = config.task == "token-classification"
+        rows = Dataset.from_dict({columns[0]: [text.split() for text in texts] if words else texts})
         columns, split = columns[:1], data.Split(rows, "--text", {})
     for column in columns:
         split.column("data", column, ())
@@ -131,21 +140,30 @@ def _columns(read: dict[str, Any]) -> list[str]:
 def _classified(
     config: Config, model: Any, split: data.Split, columns: list[str], size: int, tell: Progress
 ) -> list[dict[str, Any]]:
-    from nanoadam.finetuning import labels
-
     tokenizer, found = models.load_tokenizer(config), []
     words = config.task == "token-classification"
-    inputs = [split.rows[columns[0]][:]] if words else [labels.texts(split, column) for column in columns]
+    limit = sequence_limit(config, model, tokenizer)
+    inputs = [_words(split, columns[0])] if words else [labels.texts(split, column) for column in columns]
     for start in range(0, len(split), size):
         tell("predicting", start, len(split))
         part = [column[start : start + size] for column in inputs]
-        batch = tokenizer(*part, truncation=True, padding=True, return_tensors="pt", is_split_into_words=words)
+        batch = tokenizer(*part, truncation=True, max_length=limit, padding=True, return_tensors="pt",
+                          is_split_into_words=words)  # fmt: skip
         logits = model(**batch.to(model.device)).logits.float().cpu()
         for i, row in enumerate(logits):
             said = _tags(batch.word_ids(i), row, model) if words else _said(config, row, model)
             shown = {column: part[number][i] for number, column in enumerate(columns)}
-            found.append({**shown, **said})
+            cut = {"cut": True} if batch.is_fast and batch[i].overflowing else {}
+            found.append({**shown, **said, **cut})
     return found
+
+
+def _words(split: data.Split, column: str) -> list[list[str]]:
+    rows = list(split.rows[column])
+    for index, words in enumerate(rows):
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{split.where(index)} must have a list of words in {column!r}, and at least one")
+    return rows
 
 
 def _said(config: Config, row: torch.Tensor, model: Any) -> dict[str, Any]:
@@ -192,33 +210,45 @@ def _images(
 def _written(
     config: Config, model: Any, split: data.Split, columns: list[str], new_tokens: int, tell: Progress
 ) -> list[dict[str, Any]]:
-    from nanoadam.finetuning import labels
-    from nanoadam.finetuning.columns import MESSAGES
-
     tokenizer, found = models.load_tokenizer(config), []
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
-    chat = columns[0].lower() in MESSAGES
+    limit = sequence_limit(config, model, tokenizer)
+    chat = config.messages_column is not None or columns[0].lower() in MESSAGES
     for index in range(len(split)):
         tell("writing", index, len(split))
-        if chat and not isinstance(split.rows[columns[0]][index], str):
-            messages = [m for m in split.rows[columns[0]][index] if m]
-            shown = "\n".join(str(m.get("content") or m.get("value")) for m in messages)
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if chat:
+            shown, prompt = _asked(split, index, columns[0], tokenizer)
         else:
             parts = [labels.texts(split.some([index]), column, empty=True)[0] for column in columns]
             shown = prompt = "\n\n".join(part for part in parts if part)
-            if chat:
-                prompt = tokenizer.apply_chat_template([{"role": "user", "content": shown}], tokenize=False,
-                                                       add_generation_prompt=True)  # fmt: skip
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if not chat and tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id, *ids]
-        ids = (ids or [tokenizer.eos_token_id])[-max(1, limit - new_tokens) :]
+        # The prompt's end is what counts, and it keeps most of what the model takes.
+        room = max(1, min(new_tokens, max(limit - len(ids), limit // 4)))
+        ids = (ids or [tokenizer.eos_token_id])[-max(1, limit - room) :]
         tensor = torch.tensor([ids], device=model.device)
         made = model.generate(
-            input_ids=tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=new_tokens,
+            input_ids=tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=room,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         text = tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
         found.append({"prompt": shown, "written": text.strip()})
     return found
+
+
+def _asked(split: data.Split, index: int, column: str, tokenizer: Any) -> tuple[str, str]:
+    """What is answered, as it is shown and as the template has it; an answer that is there already is left out."""
+    raw = split.rows[column][index]
+    messages = messages_of(raw)
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    elif not messages and isinstance(raw, str):
+        messages = [{"role": "user", "content": raw}]
+    if not messages:
+        raise ValueError(f"{split.where(index)} must be a list of {{role, content}} in {column!r}, with a question")
+    try:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's makers: it raises what it likes
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{split.where(index)}: the chat template refuses it: {said}") from error
+    return "\n".join(message["content"] for message in messages), prompt

@@ -35,7 +35,7 @@ def page(manifest: dict[str, Any], lines: Lines) -> str:
     notes = [f"{note[0].upper()}{note[1:]}." for note in results.get("notes", ())]
     notes.append("One seed: small differences between runs like this one are chance.")
     details = manifest.get("details", {})
-    lines_of_code = usage(settings["task"], "RUN/model")
+    lines_of_code = usage(manifest, "RUN/model")
     if settings.get("save") == "delta":
         lines_of_code = patch_usage(Path(settings["model"]).name or settings["model"], "RUN/delta")
     use = pages.section("Use the model", pages.code(lines_of_code))

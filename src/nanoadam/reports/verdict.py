@@ -55,12 +55,17 @@ def sentence(manifest: dict[str, Any]) -> str:
     return text + "."
 
 
-def usage(task: str, model: str, labels: bool = True) -> list[str]:
+def usage(manifest: dict[str, Any], model: str) -> list[str]:
     """Lines of Python that use a finetuned model."""
+    task, read = manifest["settings"]["task"], manifest["data"]["read_as"]
     kind = PIPELINES.get(task, "text-classification")
     example = {"image-classification": '"photo.jpg"', "causal-lm": '"Once upon a time", max_new_tokens=50'}.get(
         task, '"a text like those it was trained on"'
     )
+    if len(read.get("text", ())) == 2:
+        example = '{"text": "the first of a pair", "text_pair": "the second"}'
+    if "last message" in read.get("loss", ""):
+        example = '[{"role": "user", "content": "Hello!"}], max_new_tokens=50'
     more = ", top_k=None" if task == "multi-label-classification" else ""
     more = ', function_to_apply="none"' if task == "text-regression" else more
     return [

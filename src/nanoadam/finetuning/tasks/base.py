@@ -21,6 +21,9 @@ from nanoadam.finetuning.data import Split
 CLASSIFICATION = {"accuracy": True, "f1": True, "matthews": True, "loss": False}
 """What is measured of a classifier, and whether more of it is better."""
 
+SAME = "for every row"
+"""How a note ends that says that a model has one answer."""
+
 MOST_CLASSES_SHOWN = 40
 MOST_CHARACTERS = 300
 
@@ -212,7 +215,7 @@ def class_details(guesses: Any, labels: Any, names: Sequence[str]) -> dict[str, 
         found["confusion"] = {"names": list(names), "counts": table.tolist()}
     said = sorted(set(np.asarray(guesses).tolist()))
     if len(said) == 1:
-        found["notes"].append(f"the model predicts {names[said[0]]!r} for every row")
+        found["notes"].append(f"the model predicts {names[said[0]]!r} {SAME}")
     elif missing := [names[i] for i in every if i not in said and rows[i]["rows"]]:
         found["notes"].append(f"the model never predicts {', '.join(missing[:8])}")
     return found

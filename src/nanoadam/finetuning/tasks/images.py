@@ -44,6 +44,8 @@ def sources(split: Split, column: str) -> list[Any]:
     for index, value in enumerate(rows[column]):
         source = str(base / value) if isinstance(value, str) else value
         try:
+            if not isinstance(source, (str, bytes, dict)):
+                raise TypeError(f"{source!r} is neither a path nor bytes")
             images.decode(source)
         except (UnidentifiedImageError, OSError, TypeError, KeyError, SyntaxError, ValueError) as error:
             what = f" ({value})" if isinstance(value, str) else ""

@@ -175,22 +175,9 @@ class CausalLM(Task):
         return list(zip(self._ids(prompts), self._ids(completions), strict=True))
 
     def _messages(self, raw: Any, split: Split, index: int) -> list[dict[str, str]]:
-        """{role, content} of a row, also from ShareGPT's {from, value}."""
-        if isinstance(raw, str):
-            try:
-                raw = json.loads(raw)
-            except ValueError:
-                raw = None
-        messages = []
-        for message in raw if isinstance(raw, list) else ():
-            if isinstance(message, dict):
-                role, content = message.get("role") or message.get("from"), message.get("content")
-                content = message.get("value") if content is None else content
-                if isinstance(role, str) and isinstance(content, str):
-                    messages.append({"role": ROLES.get(role.lower(), role), "content": content})
-        if not isinstance(raw, list) or len(messages) != len(raw) or len(messages) < 2 or (
-            messages[-1]["role"] != "assistant"
-        ):  # fmt: skip
+        """{role, content} of a row, the last of which is learned."""
+        messages = messages_of(raw)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError(
                 f"{split.where(index)} must be a list of at least two {{role, content}} that ends with the assistant's"
             )
@@ -242,6 +229,23 @@ class CausalLM(Task):
         finally:
             self.model.train(training)
         return self._text(made[0, len(prompt) :].tolist())
+
+
+def messages_of(raw: Any) -> list[dict[str, str]]:
+    """{role, content} of a conversation, also from ShareGPT's {from, value}; nothing where it is no conversation."""
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            return []
+    messages = []
+    for message in raw if isinstance(raw, list) else ():
+        if isinstance(message, dict):
+            role, content = message.get("role") or message.get("from"), message.get("content")
+            content = message.get("value") if content is None else content
+            if isinstance(role, str) and isinstance(content, str):
+                messages.append({"role": ROLES.get(role.lower(), role), "content": content})
+    return messages if isinstance(raw, list) and len(messages) == len(raw) else []
 
 
 def _spaced(prompt: str, completion: str) -> str:

@@ -14,6 +14,7 @@ from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.data import Split
 from nanoadam.finetuning.tasks.base import (
     CLASSIFICATION,
+    SAME,
     Task,
     class_details,
     classification_metrics,
@@ -103,6 +104,8 @@ class TextClassification(_Text):
         found: dict[str, Any] = {"classes": labels.counts(self.train["labels"], self.names)}
         if doubles := labels.alike(self.names):
             found["alike"] = [list(group) for group in doubles]
+        if none := labels.unlabelled(self.names):
+            found["unlabelled"] = none
         return found
 
     def measure(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -189,7 +192,7 @@ class MultiLabelClassification(_Text):
              "right": bool(right[i])}
             for i in order
         ]  # fmt: skip
-        notes = [] if guesses.any() else ["the model predicts no class for any row"]
+        notes = [] if guesses.any() else [f"the model predicts no class {SAME}"]
         return {"classes": classes, "samples": rows, "notes": notes}
 
     def _said(self, row: Any) -> str:
@@ -243,5 +246,5 @@ class TextRegression(_Text):
         places = np.linspace(0, len(order) - 1, min(samples, len(order))).round().astype(int)
         rows = [{"text": self.shown(int(i)), "label": f"{targets[i]:.4g}", "predicted": f"{guesses[i]:.4g}"}
                 for i in order[places]]  # fmt: skip
-        notes = ["the model predicts the same number for every row"] if np.ptp(guesses) == 0 else []
+        notes = [f"the model predicts the same number {SAME}"] if np.ptp(guesses) == 0 else []
         return {"samples": rows, "notes": notes}

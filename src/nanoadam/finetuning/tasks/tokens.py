@@ -86,6 +86,8 @@ class TokenClassification(Task):
             if not good or not all(isinstance(word, str) for word in own):
                 raise ValueError(f"{split.where(index)} must have as many tags in {self._tags!r} as words in "
                                  f"{self._words!r}, and at least one")  # fmt: skip
+            if any(tag is None or (named is not None and not 0 <= tag < len(named)) for tag in given):
+                raise ValueError(f"{split.where(index)} has a word without a tag in {self._tags!r}: {given}")
             row = [labels.class_of(tag) if named is None else named[tag] for tag in given]
             unknown = next((tag for tag in row if tag not in position), None)
             if unknown is not None:
