@@ -10,7 +10,7 @@ from nanoadam import param_groups
 from nanoadam.finetuning import optimizers, processes
 from nanoadam.finetuning.config import ADAPTERS
 from nanoadam.finetuning.job import Job
-from nanoadam.finetuning.tasks.base import SAME
+from nanoadam.finetuning.tasks.base import NONE, SAME
 from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, number
 from nanoadam.text import size
 
@@ -167,8 +167,8 @@ def notes(job: Job, results: dict[str, Any], lines: list[dict[str, Any]], odd: S
             f"{METRICS.get(metric, metric)} {number(final)} is no better than {how} ({number(level)}): nothing was "
             f"learned that counts; {remedy}"
         )
-    elif any(note.endswith(SAME) for note in odd):
-        odd = [f"{note}: {remedy}" if note.endswith(SAME) else note for note in odd]
+    else:
+        odd = [f"{note}: {remedy}" if note.endswith((SAME, NONE)) else note for note in odd]
     best = max((line for line in lines if line["event"] == "evaluation" and line["step"]),
                key=lambda line: sign * line["metrics"][metric])  # fmt: skip
     if sign * best["metrics"][metric] > sign * final and not job.config.best:

@@ -21,8 +21,8 @@ from nanoadam.finetuning.data import Split
 CLASSIFICATION = {"accuracy": True, "f1": True, "matthews": True, "loss": False}
 """What is measured of a classifier, and whether more of it is better."""
 
-SAME = "for every row"
-"""How a note ends that says that a model has one answer."""
+SAME, NONE = "for every row", "for any row"
+"""How notes end that say that a model has one answer, or none."""
 
 MOST_CLASSES_SHOWN = 40
 MOST_CHARACTERS = 300

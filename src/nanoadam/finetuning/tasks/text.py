@@ -14,6 +14,7 @@ from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.data import Split
 from nanoadam.finetuning.tasks.base import (
     CLASSIFICATION,
+    NONE,
     SAME,
     Task,
     class_details,
@@ -192,7 +193,7 @@ class MultiLabelClassification(_Text):
              "right": bool(right[i])}
             for i in order
         ]  # fmt: skip
-        notes = [] if guesses.any() else [f"the model predicts no class {SAME}"]
+        notes = [] if guesses.any() else [f"the model predicts no class {NONE}"]
         return {"classes": classes, "samples": rows, "notes": notes}
 
     def _said(self, row: Any) -> str:
