@@ -104,6 +104,20 @@ def test_a_cleared_state_starts_afresh_as_in_torch(reset):
     assert opt.state_dict()["state"][0]["step"] == 2
 
 
+@pytest.mark.parametrize("granularity", ["weight", "column"])
+def test_a_cleared_state_starts_afresh_where_layers_compute_what_is_selected(granularity):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8))
+    groups = nanoadam.param_groups(model, granularity=granularity, selected="1")
+    opt = NanoAdam(groups, **OPTIONS)
+    for _ in range(3):
+        model(torch.arange(9)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        opt.state.clear()
+    assert [int(state["step"]) for state in opt.state_dict()["state"].values()] == [0, 0, 0]
+
+
 def test_a_state_that_lacks_an_entry_is_refused_by_its_name():
     p = weight()
     opt = NanoAdam([p], **OPTIONS)

@@ -184,8 +184,9 @@ def _ready(weight: Tensor, *, transposed: bool | None = None) -> Served | None:
         if owner is None:
             return None
         owner._before_forward(served.slot)
-    layout = served.selection.layout if served.selection is not None else None
-    if isinstance(layout, ColumnLayout) and layout.transposed is not transposed:
+        served = _served.get(id(weight))  # it may have been made anew, for a state that was cleared
+    layout = served.selection.layout if served is not None and served.selection is not None else None
+    if served is not None and isinstance(layout, ColumnLayout) and layout.transposed is not transposed:
         if transposed is not None and not torch.compiler.is_compiling():  # the group takes its rows for its columns
             served.needs_whole = True
             served.renew()

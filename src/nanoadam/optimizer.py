@@ -187,7 +187,7 @@ class NanoAdam(SlotOptimizer):
     def _before_forward(self, slot: Slot) -> None:
         """A layer is about to compute with the columns of a slot, or with those of another that shares its weight."""
         weight, group = slot.parameter, self.param_groups[self._group_of.get(slot.parameter, 0)]
-        if slot.selected_for != group["steps"] or _is_outdated(slot, group["steps"]):
+        if slot.selected_for != group["steps"] or _is_outdated(slot, group["steps"]) or not slot.state:
             self._follow()
             if weight not in self._slots:
                 return
@@ -201,8 +201,8 @@ class NanoAdam(SlotOptimizer):
     def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
         """The first gradient of a tensor in this step: its selection, which stands until the step is made."""
         slot = self._slots.get(parameter)
-        groups = len(self.param_groups) == len(self._members)
-        if slot is None or not groups or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
+        known = slot is not None and slot.state and len(self.param_groups) == len(self._members)
+        if slot is None or not known or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
             self._follow()
             slot = self._slots.get(parameter)
         if slot is None or slot.selection is None or not self._releases(i := self._group_of[parameter]):

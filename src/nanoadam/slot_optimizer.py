@@ -68,6 +68,7 @@ class SlotOptimizer(Optimizer):
 
     def _make_slots(self) -> None:
         """A slot, and state, for every parameter that can be trained and has none yet."""
+        self._leave([slot for slot in self._slots.values() if self._is_cleared(slot)])
         self._members, self._group_of, self._frozen, self._counts = [], {}, [], {}
         known, self._slots = self._slots, {}
         counts: dict[tuple[int, torch.device, int], Tensor] = {}
@@ -81,8 +82,8 @@ class SlotOptimizer(Optimizer):
                 if not trained:
                     self._frozen.append(parameter)
                 slot = known.get(parameter)
-                if slot is not None and (self.state.get(parameter) is not slot.state or not slot.state):
-                    slot = None  # its state was cleared or replaced
+                if slot is not None and self._is_cleared(slot):
+                    slot = None
                 if slot is None and (trained or self.state.get(parameter)):
                     slot = make_slot(parameter, self.state[parameter], group, ordinal, name)
                 if slot is None:
@@ -97,6 +98,10 @@ class SlotOptimizer(Optimizer):
             if parameter not in self._group_of:
                 self.state.pop(parameter, None)
         self._seen = self._present()
+
+    def _is_cleared(self, slot: Slot) -> bool:
+        """Whether somebody has cleared or replaced a slot's state."""
+        return self.state.get(slot.parameter) is not slot.state or not slot.state
 
     def _present(self) -> tuple[list[Any], list[Any], list[Any], list[int]]:
         """Parameters, state, options, entries of each state: what others may change behind the optimizer's back."""
