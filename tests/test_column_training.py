@@ -86,6 +86,39 @@ def test_weights_loaded_after_a_forward_pass_are_the_ones_selected_from():
         assert torch.equal(opt.selected(p), expected.selected(q))
 
 
+@pytest.mark.parametrize("granularity", ["weight", "column"])
+def test_a_layer_unfrozen_between_refreshes_is_trained(granularity):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    groups = nanoadam.param_groups(model, granularity=granularity, selected="2")
+    opt = NanoAdam(groups, lr=1e-2, density=0.25)
+    start = [p.detach().clone() for p in model.parameters()]
+    model[:2].requires_grad_(False)
+    for step in range(3):
+        if step == 1:
+            model.requires_grad_(True)
+        model(torch.arange(9)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True)]
+        assert moved == [step > 0] * 3 + [True] * 2
+
+
+def test_a_state_saved_between_forward_and_backward_can_be_loaded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8))
+    density = nanoadam.linear(0.5, 0.1, total_steps=4, interval=1)
+    opt = NanoAdam(nanoadam.param_groups(model, selected="1"), lr=1e-2, density=density)
+    for _ in range(3):
+        loss = model(torch.arange(9)).square().sum()
+        saved = copy.deepcopy(opt.state_dict())
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        NanoAdam(nanoadam.param_groups(model, selected="1"), lr=1e-2, density=density).load_state_dict(saved)
+        copy.deepcopy(opt)
+
+
 @pytest.mark.parametrize("how", ["step", "refresh", "load"])
 def test_a_refresh_between_forward_and_backward_is_refused(how):
     model = network()

@@ -117,3 +117,16 @@ def test_a_state_loaded_between_two_backwards_of_a_step_is_accumulated_over():
             opt.zero_grad()
         ends.append(torch.cat([p.detach().view(-1) for p in model.parameters()]))
     assert torch.equal(*ends)
+
+
+def test_a_copy_put_in_place_of_the_gradient_and_zeroed_takes_the_next_backward():
+    model, ids = Words(), torch.arange(9)
+    NanoAdam(nanoadam.param_groups(model), **{**OPTIONS, "granularity": "weight"})
+    for _ in range(2):
+        model(ids).square().mean().backward()
+        found = model.embed.weight.grad.to_dense()
+        model.embed.weight.grad = model.embed.weight.grad.clone()
+        model.zero_grad(set_to_none=False)
+    assert torch.equal(model.embed.weight.grad.to_dense(), torch.zeros_like(found))
+    model(ids).square().mean().backward()
+    assert torch.equal(model.embed.weight.grad.to_dense(), found)

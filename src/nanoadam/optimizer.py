@@ -226,6 +226,9 @@ class NanoAdam(SlotOptimizer):
         group = self.param_groups[i]
         t = group["steps"]
         due, without = is_due(group), []
+        if due and density_at(group, t) != group["active_density"]:  # all state of a group is of one density
+            given = set(map(id, slots))
+            slots = [*slots, *(slot for slot in self._members[i][0] if id(slot) not in given)]
         if group["criterion"] == "gradient":
             without = [slot for slot in slots if slot.gradient is None]
             slots = [slot for slot in slots if slot.gradient is not None]

@@ -228,7 +228,11 @@ def _add_in_place(func: Any, gradient: Any, other: Any, *, alpha: float = 1) -> 
     if box.accumulator is not None and factor == 1 and taken:
         box.accumulator.add(box, other)
     else:
-        box.values.add_(_take(gradient, other), alpha=factor)
+        if by_autograd and isinstance(other, SelectedGradient):
+            entries = other._box.moved_to(box.selection)
+        else:
+            entries = _take(gradient, other)
+        box.values.add_(entries, alpha=factor)
         box.zeroed = False
     return gradient
 
