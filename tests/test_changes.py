@@ -81,7 +81,14 @@ def test_a_group_appended_by_hand_is_refused_and_one_removed_is_let_go():
     assert torch.equal(p, before)
 
 
-@pytest.mark.parametrize("reset", [lambda opt: opt.state.clear(), lambda opt: setattr(opt, "state", defaultdict(dict))])
+@pytest.mark.parametrize(
+    "reset",
+    [
+        lambda opt: opt.state.clear(),
+        lambda opt: setattr(opt, "state", defaultdict(dict)),
+        lambda opt: [state.clear() for state in opt.state.values()],
+    ],
+)
 def test_a_cleared_state_starts_afresh_as_in_torch(reset):
     p, q = weight(), weight()
     opt = NanoAdam([p], state_dtype=torch.float32, **OPTIONS)
@@ -95,6 +102,30 @@ def test_a_cleared_state_starts_afresh_as_in_torch(reset):
     advance(fresh, [q])
     assert torch.equal(p, q)
     assert opt.state_dict()["state"][0]["step"] == 2
+
+
+@pytest.mark.parametrize("granularity", ["weight", "column"])
+def test_a_cleared_state_starts_afresh_where_layers_compute_what_is_selected(granularity):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8))
+    groups = nanoadam.param_groups(model, granularity=granularity, selected="1")
+    opt = NanoAdam(groups, **OPTIONS)
+    for _ in range(3):
+        model(torch.arange(9)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        opt.state.clear()
+    assert [int(state["step"]) for state in opt.state_dict()["state"].values()] == [0, 0, 0]
+
+
+def test_a_state_that_lacks_an_entry_is_refused_by_its_name():
+    p = weight()
+    opt = NanoAdam([p], **OPTIONS)
+    advance(opt, [p])
+    del opt.state[p]["exp_avg"]
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*'exp_avg': None"):
+        opt.step()
 
 
 def test_moments_replaced_in_the_state_are_used():

@@ -46,6 +46,79 @@ def test_an_exception_between_forward_and_backward_changes_nothing():
     assert torch.equal(*ends)
 
 
+def fail(_):
+    raise ArithmeticError
+
+
+@pytest.mark.parametrize("what", ["a backward that fails", "the head zeroed", "the head zeroed in place"])
+def test_gradients_thrown_away_within_a_step_leave_other_layers_alone(what):
+    ends = []
+    for released in (True, False):
+        model = network()
+        opt = optimizer_of(model, gradient_release=released, state_dtype=torch.float32, eps=1e-4)
+        for step in range(8):
+            if what == "a backward that fails":
+                handle = model[0].weight.register_hook(fail)
+                with contextlib.suppress(ArithmeticError):
+                    model(inputs(99 + step)).square().mean().backward()
+                handle.remove()
+                model.zero_grad()
+            else:
+                model(inputs(99 + step)).square().mean().backward()
+                model[4].zero_grad(set_to_none="in place" not in what)
+            model(inputs(step)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        ends.append(bits(model))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_loaded_after_a_forward_pass_are_the_ones_selected_from():
+    model, other = network(), network()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    opt, expected = optimizer_of(model), optimizer_of(other)
+    model(inputs(0))
+    model.load_state_dict(other.state_dict())
+    model(inputs(1)).square().mean().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(opt.selected(p), expected.selected(q))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "column"])
+def test_a_layer_unfrozen_between_refreshes_is_trained(granularity):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    groups = nanoadam.param_groups(model, granularity=granularity, selected="2")
+    opt = NanoAdam(groups, lr=1e-2, density=0.25)
+    start = [p.detach().clone() for p in model.parameters()]
+    model[:2].requires_grad_(False)
+    for step in range(3):
+        if step == 1:
+            model.requires_grad_(True)
+        model(torch.arange(9)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True)]
+        assert moved == [step > 0] * 3 + [True] * 2
+
+
+def test_a_state_saved_between_forward_and_backward_can_be_loaded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8))
+    density = nanoadam.linear(0.5, 0.1, total_steps=4, interval=1)
+    opt = NanoAdam(nanoadam.param_groups(model, selected="1"), lr=1e-2, density=density)
+    for _ in range(3):
+        loss = model(torch.arange(9)).square().sum()
+        saved = copy.deepcopy(opt.state_dict())
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        NanoAdam(nanoadam.param_groups(model, selected="1"), lr=1e-2, density=density).load_state_dict(saved)
+        copy.deepcopy(opt)
+
+
 @pytest.mark.parametrize("how", ["step", "refresh", "load"])
 def test_a_refresh_between_forward_and_backward_is_refused(how):
     model = network()

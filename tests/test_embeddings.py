@@ -100,3 +100,33 @@ def test_gradients_of_gradients_of_an_embedding():
     (second,) = torch.autograd.grad(first.square().sum(), model.inner.weight)
     (expected,) = torch.autograd.grad((expected * mask).square().sum(), dense.inner.weight)
     torch.testing.assert_close(second, expected)
+
+
+def test_a_state_loaded_between_two_backwards_of_a_step_is_accumulated_over():
+    ends = []
+    for load in (True, False):
+        model = Words()
+        opt = NanoAdam(nanoadam.param_groups(model), **{**OPTIONS, "granularity": "weight", "mask_interval": 2})
+        for step in range(6):
+            for micro in range(2):
+                if load and micro:
+                    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+                ids = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(10 * step + micro))
+                model(ids).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        ends.append(torch.cat([p.detach().view(-1) for p in model.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_a_copy_put_in_place_of_the_gradient_and_zeroed_takes_the_next_backward():
+    model, ids = Words(), torch.arange(9)
+    NanoAdam(nanoadam.param_groups(model), **{**OPTIONS, "granularity": "weight"})
+    for _ in range(2):
+        model(ids).square().mean().backward()
+        found = model.embed.weight.grad.to_dense()
+        model.embed.weight.grad = model.embed.weight.grad.clone()
+        model.zero_grad(set_to_none=False)
+    assert torch.equal(model.embed.weight.grad.to_dense(), torch.zeros_like(found))
+    model(ids).square().mean().backward()
+    assert torch.equal(model.embed.weight.grad.to_dense(), found)

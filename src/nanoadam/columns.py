@@ -66,7 +66,7 @@ class Served:
             self.index[keep:] = index[-1]
         else:
             self.index = selection.index
-        if self.selection is not selection:
+        if self.selection is not selection or (self.leaf is not None and not self.leaf.requires_grad):
             self.selection = selection
             with torch.enable_grad():
                 self.leaf = _Leaf.apply(self.weight, self)  # type: ignore[no-untyped-call]
@@ -184,8 +184,11 @@ def _ready(weight: Tensor, *, transposed: bool | None = None) -> Served | None:
         if owner is None:
             return None
         owner._before_forward(served.slot)
-    layout = served.selection.layout if served.selection is not None else None
-    if isinstance(layout, ColumnLayout) and layout.transposed is not transposed:
+        served = _served.get(id(weight))  # it may have been made anew, for a state that was cleared
+        if served is not None and served.leaf is not None and not served.leaf.requires_grad:
+            served.renew()  # the weight was frozen when the leaf was made
+    layout = served.selection.layout if served is not None and served.selection is not None else None
+    if served is not None and isinstance(layout, ColumnLayout) and layout.transposed is not transposed:
         if transposed is not None and not torch.compiler.is_compiling():  # the group takes its rows for its columns
             served.needs_whole = True
             served.renew()

@@ -174,11 +174,11 @@ class NanoAdam(SlotOptimizer):
     def _open(self, slot: Slot, slots: Sequence[Slot]) -> None:
         """Select for the present step if that is due: for these slots of a group, which wait for it together.
 
-        If a first gradient has arrived already in this step, it was thrown away since: weights may have changed.
+        If that was done already in this step, it was in vain: weights may have changed since.
         """
         i = self._group_of[slot.parameter]
         t = self.param_groups[i]["steps"]
-        if slot.arrived_in == t:
+        if slot.selected_for == t:
             for other in slots:
                 other.selected_for = other.arrived_in = -1
         if slot.selected_for != t:
@@ -187,20 +187,22 @@ class NanoAdam(SlotOptimizer):
     def _before_forward(self, slot: Slot) -> None:
         """A layer is about to compute with the columns of a slot, or with those of another that shares its weight."""
         weight, group = slot.parameter, self.param_groups[self._group_of.get(slot.parameter, 0)]
-        if slot.selected_for != group["steps"] or (slot.arrived_in == group["steps"] and is_zeroed(weight.grad)):
+        if slot.selected_for != group["steps"] or _is_outdated(slot, group["steps"]) or not slot.state:
             self._follow()
             if weight not in self._slots:
                 return
             slot, i = self._slots[weight], self._group_of[weight]
-            with torch.no_grad():
-                self._open(slot, [other for other in self._members[i][0] if other.served is not None])
+            t = group["steps"]
+            with torch.no_grad():  # not those whose layers have computed already: their backward is still to come
+                waiting = [s for s in self._members[i][0] if s is slot or s.selected_for != t or _is_outdated(s, t)]
+                self._open(slot, [other for other in waiting if other.served is not None])
         slot.forward_in = self.param_groups[self._group_of[weight]]["steps"]
 
     def _arrives(self, parameter: Tensor, gradient: Tensor) -> tuple[Slot, torch.dtype] | None:
         """The first gradient of a tensor in this step: its selection, which stands until the step is made."""
         slot = self._slots.get(parameter)
-        groups = len(self.param_groups) == len(self._members)
-        if slot is None or not groups or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
+        known = slot is not None and slot.state and len(self.param_groups) == len(self._members)
+        if slot is None or not known or slot.selected_for != self.param_groups[self._group_of[parameter]]["steps"]:
             self._follow()
             slot = self._slots.get(parameter)
         if slot is None or slot.selection is None or not self._releases(i := self._group_of[parameter]):
@@ -224,13 +226,16 @@ class NanoAdam(SlotOptimizer):
         group = self.param_groups[i]
         t = group["steps"]
         due, without = is_due(group), []
+        if due and density_at(group, t) != group["active_density"]:  # all state of a group is of one density
+            given = set(map(id, slots))
+            slots = [*slots, *(slot for slot in self._members[i][0] if id(slot) not in given)]
         if group["criterion"] == "gradient":
             without = [slot for slot in slots if slot.gradient is None]
             slots = [slot for slot in slots if slot.gradient is not None]
         if not slots:
             return
         for slot in slots:
-            slot.selected_for = t
+            slot.selected_for, slot.weight_version = t, slot.weight._version
         if due:
             group["active_density"], group["refreshed_at"] = density_at(group, t), t
             without = [s for s in without if s.layout != layout_of(s.parameter, group, group["active_density"])]
@@ -270,6 +275,8 @@ class NanoAdam(SlotOptimizer):
         for slot, gradient in zip(selected, sparse, strict=True):
             if type(gradient) is not SelectedGradient:
                 self._release.hold(slot.parameter)  # if swap_tensors has taken the hook away
+            elif gradient._box.accumulator is None and self._releases(i):
+                self._release.adopt(slot, gradient)
         entries = gather.entries(selected, sparse, group["grad_dtype"])
         gradients = [as_dense(g) if type(g) is SelectedGradient else g for g in gradients]
         with self._counted([*selected, *dense], i):
@@ -398,7 +405,7 @@ class NanoAdam(SlotOptimizer):
         if slot.weight.numel() == 0 and not isinstance(slot.layout, ColumnLayout):
             return like(torch.zeros(slot.weight.shape, dtype=torch.bool, device=slot.weight.device), parameter)
         t = group["steps"]
-        stands = slot.selected_for == t and not (slot.arrived_in == t and is_zeroed(slot.gradient))
+        stands = slot.selected_for == t and not _is_outdated(slot, t)
         if not stands and (slot.unselected or is_due(group)) and group["criterion"] != "gradient":
             nothing = {name: slot.state[name].new_empty(0) for name in ("exp_avg", "exp_avg_sq")}
             slot = Slot(parameter, nothing, slot.ordinal, part=slot.part)
@@ -437,6 +444,12 @@ def _with_gradients(slots: Sequence[Slot]) -> tuple[list[Slot], list[Tensor]]:
     """Those whose parameters have a gradient, and the gradients."""
     found = [(slot, gradient) for slot in slots if (gradient := slot.gradient) is not None]
     return [slot for slot, _ in found], [gradient for _, gradient in found]
+
+
+def _is_outdated(slot: Slot, t: int) -> bool:
+    """Whether it was selected for step t in vain: its gradient was thrown away since, or its weight loaded."""
+    loaded = slot.served is not None and slot.weight._version != slot.weight_version
+    return (loaded or slot.arrived_in == t) and is_zeroed(slot.gradient)
 
 
 def _asks_before_forward(slot: Slot) -> bool:

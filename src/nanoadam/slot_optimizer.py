@@ -39,7 +39,7 @@ class SlotOptimizer(Optimizer):
         self._group_of: dict[Tensor, int] = {}
         self._frozen: list[Tensor] = []
         self._counts: dict[int, list[Tensor]] = {}  # for each group: the steps that its members share
-        self._seen: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        self._seen: tuple[list[Any], list[Any], list[Any], list[int]] = ([], [], [], [])
         self._selection_hooks: dict[int, Callable[[Any, list[Tensor]], None]] = OrderedDict()
 
     # Parameters and their state
@@ -68,6 +68,7 @@ class SlotOptimizer(Optimizer):
 
     def _make_slots(self) -> None:
         """A slot, and state, for every parameter that can be trained and has none yet."""
+        self._leave([slot for slot in self._slots.values() if self._is_cleared(slot)])
         self._members, self._group_of, self._frozen, self._counts = [], {}, [], {}
         known, self._slots = self._slots, {}
         counts: dict[tuple[int, torch.device, int], Tensor] = {}
@@ -81,8 +82,8 @@ class SlotOptimizer(Optimizer):
                 if not trained:
                     self._frozen.append(parameter)
                 slot = known.get(parameter)
-                if slot is not None and self.state.get(parameter) is not slot.state:
-                    slot = None  # its state was cleared or replaced
+                if slot is not None and self._is_cleared(slot):
+                    slot = None
                 if slot is None and (trained or self.state.get(parameter)):
                     slot = make_slot(parameter, self.state[parameter], group, ordinal, name)
                 if slot is None:
@@ -98,10 +99,16 @@ class SlotOptimizer(Optimizer):
                 self.state.pop(parameter, None)
         self._seen = self._present()
 
-    def _present(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Parameters, state and options: what others may change behind the optimizer's back."""
+    def _is_cleared(self, slot: Slot) -> bool:
+        """Whether somebody has cleared or replaced a slot's state."""
+        return self.state.get(slot.parameter) is not slot.state or not slot.state
+
+    def _present(self) -> tuple[list[Any], list[Any], list[Any], list[int]]:
+        """Parameters, state, options, entries of each state: what others may change behind the optimizer's back."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return parameters, list(self.state.values()), list(map(checks.watched, self.param_groups))
+        states = list(self.state.values())
+        sizes = [len(state) for state in states if isinstance(state, dict)]
+        return parameters, states, list(map(checks.watched, self.param_groups)), sizes
 
     def _follow(self) -> None:
         """Take up what others have done since: parameters replaced, added or unfrozen, state cleared, options changed.
@@ -113,7 +120,7 @@ class SlotOptimizer(Optimizer):
         same = all(
             len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(now[:2], self._seen[:2], strict=True)
         )
-        if same and now[2] == self._seen[2] and not any(p.requires_grad and p.numel() for p in self._frozen):
+        if same and now[2:] == self._seen[2:] and not any(p.requires_grad and p.numel() for p in self._frozen):
             return
         for i, group in enumerate(self.param_groups):
             where = checks.label(group, i)

@@ -103,6 +103,46 @@ def test_modules_in_place_with_tied_weights_and_buffers():
     assert same(model.state_dict(), base.state_dict())
 
 
+@pytest.mark.parametrize("changed", ["0.weight", "3.weight"])
+@pytest.mark.parametrize("files", [True, False])
+def test_weights_that_are_tied_in_the_model_and_not_in_the_patch_are_refused(tmp_path, files, changed):
+    base, _ = linear_models()
+    tuned = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tuned[changed].view(-1)[5] += 1
+    before = {name: tensor for name, tensor in base.state_dict().items() if name != "3.weight"}
+    if files:
+        save_file(before, tmp_path / "base.safetensors")
+        save_file(tuned, tmp_path / "tuned.safetensors")
+    patch = (
+        delta.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors") if files else delta.diff(base, tuned)
+    )
+    model = copies.deepcopy(base)
+    with pytest.raises(DeltaError, match="is tied in"):
+        delta.apply(model, patch)
+    assert same(model.state_dict(), base.state_dict())
+    apart = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    delta.apply(apart, delta.diff(apart, tuned))
+    assert same(apart, tuned)
+
+
+def test_weights_that_were_tied_in_the_finetune_alone():
+    tuned, _ = linear_models()
+    base = copies.deepcopy(tuned)
+    base[3].weight = torch.nn.Parameter(torch.randn(base[3].weight.shape, dtype=base[3].weight.dtype))
+    model = copies.deepcopy(base)
+    delta.apply(model, delta.diff(base, tuned))
+    assert same(model.state_dict(), tuned.state_dict())
+
+
+def test_an_expanded_tensor_is_refused():
+    base = torch.ones(1, 8).expand(4, 8)
+    tuned = base.clone()
+    tuned[2, 3] = 5
+    with pytest.raises(DeltaError, match="expanded"):
+        delta.apply({"x": base}, delta.diff({"x": base}, {"x": tuned}))
+    assert base.eq(1).all()
+
+
 def test_a_patch_under_the_other_name_of_a_tied_weight():
     base, tuned = linear_models()
     files = {k: v for k, v in tuned.state_dict().items() if k != "0.weight"}  # saved under the head's name

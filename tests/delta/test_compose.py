@@ -73,7 +73,7 @@ def test_patches_that_overlap_on_one_base_are_refused():
         delta.compose(delta.diff(base, one), delta.diff(base, other))
     other = copy(base)
     other["d"] += 2
-    with pytest.raises(DeltaError, match="d: .* do not belong together"):
+    with pytest.raises(DeltaError, match="d: both patches change it, each of them on the base"):
         delta.compose(delta.diff(base, one), delta.diff(base, other))
     same_patch = delta.compose(delta.diff(base, one), delta.diff(base, one))
     model = copy(base)

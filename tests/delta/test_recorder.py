@@ -281,3 +281,15 @@ def test_what_is_refused():
     recorder = delta.Recorder(model, optimizer)
     recorder.close()
     assert not optimizer._selection_hooks
+
+
+def test_what_a_cleared_state_had_selected_is_sent():
+    model = Tiny()
+    optimizer = make(model, mask_interval=1000)
+    recorder, server = delta.Recorder(model, optimizer), copy.deepcopy(model)
+    for i in range(4):
+        step(model, optimizer, i)
+        optimizer.state.clear()
+        step(model, optimizer, 10 + i)
+        delta.apply(server, recorder.patch())
+        assert same(server.state_dict(), model.state_dict())

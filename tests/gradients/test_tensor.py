@@ -298,6 +298,9 @@ def test_it_can_be_written_into_other_tensors():
         lambda target, x: torch.mul(x, 0.5, out=target),
         lambda target, x: torch._foreach_add_([target], [x]),
         lambda target, x: torch._foreach_lerp_([target], [x], 0.1),
+        lambda target, x: torch._foreach_addcmul_([target], [x], [x], 0.5),
+        lambda target, x: torch._foreach_addcmul_([target], [x], [x], [0.5]),
+        lambda target, x: torch._foreach_addcdiv_([target], [x], [target + 1], torch.tensor([0.5])),
         lambda target, x: target.view(-1)[:50].copy_(x[0]),
     ):
         got, expected = torch.ones(30, 50), torch.ones(30, 50)
@@ -401,6 +404,13 @@ def test_numpy_and_lists_are_dense_copies():
     assert g.tolist() == g.to_dense().tolist()
     assert g.view(-1).tolist() == g.to_dense().view(-1).tolist()
     assert torch.equal(torch.from_dlpack(g), g.to_dense())
+    assert torch.equal(torch.from_dlpack(g[0]), g.to_dense()[0])
+    for write_to in (g.numpy(), np.asarray(g), g[0].numpy(), np.asarray(g[0])):
+        with pytest.raises(ValueError, match="read-only"):
+            write_to.fill(0)
+    np.array(g).fill(0)  # a copy of one's own, as with any tensor
+    with pytest.raises(TypeError, match="share_memory_"):
+        g[0].share_memory_()
 
 
 def slot_of(weight):

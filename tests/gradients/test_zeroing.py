@@ -1,5 +1,7 @@
 """Zeroing released gradients, by whatever way and at whatever time, means what it always means."""
 
+import copy
+
 import pytest
 import torch
 
@@ -152,3 +154,38 @@ def test_a_partly_zeroed_group_keeps_the_selection_of_what_was_not_zeroed():
     loss_of(model, 1).backward()
     same = [torch.equal(opt.selected(p), mask) for p, mask in zip(model.parameters(), masks, strict=True)]
     assert same == [True, True, False]
+
+
+def test_entries_written_after_a_gradient_was_zeroed_in_place_count():
+    ends = []
+    for write in (
+        lambda p, earlier: p.grad.copy_(torch.ones_like(p)),
+        lambda p, earlier: p.grad.entries.fill_(1.0),
+        lambda p, earlier: earlier.fill_(1.0),
+        lambda p, earlier: None,
+    ):
+        model = network()
+        opt = NanoAdam(model.parameters(), lr=1e-2, density=0.2, mask_interval=1)
+        loss_of(model, 0).backward()
+        entries = model[0].weight.grad.entries
+        opt.step()
+        opt.zero_grad(set_to_none=False)
+        write(model[0].weight, entries)
+        opt.step()
+        ends.append(bits(model))
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+    assert not torch.equal(ends[0], ends[3])
+
+
+@pytest.mark.parametrize("replace", [torch.clone, lambda gradient: gradient * 1.0, copy.deepcopy])
+def test_a_gradient_that_a_user_has_replaced_and_zeroed_in_place_lets_the_mask_be_refreshed(replace):
+    def run(model, opt):
+        for step in range(6):
+            loss_of(model, step).backward()
+            for p in model.parameters():
+                p.grad = replace(p.grad)
+            opt.step()
+            opt.zero_grad(set_to_none=False)
+
+    assert torch.equal(*both(run, mask_interval=1))

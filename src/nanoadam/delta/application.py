@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanoadam.delta import ops
 from nanoadam.delta.bits import bits
 from nanoadam.delta.checks import between, check_form, check_result, check_whole, refuse_wrong
-from nanoadam.delta.diffing import whole
+from nanoadam.delta.diffing import name_key, whole
 from nanoadam.delta.entry import Entry, check_values
 from nanoadam.delta.errors import DeltaError
 from nanoadam.delta.jobs import Job
@@ -53,6 +53,7 @@ class Application:
         if len(devices) == 1:
             self.patch = self.patch.to(devices.pop())  # of a file: read and sent in one piece
         changes = [self._find(entry) for entry in self.patch.values()]
+        self._check_apart(changes)
         self._hash(changes)
         changes = [change for change in changes if not self._is_done(change)]
         self._inspect([change for change in changes if change.entry.kind in ("sparse", "columns")])
@@ -81,6 +82,30 @@ class Application:
         if entry.kind != "new":
             check_form(entry, None if name is None else self.tensors.form(name), self.tensors.label)
         return _Change(entry, entry.name if name is None else name, weight)
+
+    def _check_apart(self, changes: Sequence[_Change]) -> None:
+        """Refuse what would write two tensors into one, or one over itself."""
+        untouched = set() if self.patch.untouched is None else set(self.patch.untouched[:, 0].tolist())
+        found: dict[str, Entry] = {}
+        for change in changes:
+            entry, weight = change.entry, change.weight
+            if weight is None:
+                continue
+            other = found.setdefault(change.name, entry)
+            names = (change.name, *self.tensors.tied.get(change.name, ()))
+            apart = [other.name] if None not in (entry.result, other.result) and entry.result != other.result else []
+            if len(names) > 1:
+                apart += [each for each in names if name_key(each.removeprefix(self.patch.prefix)) in untouched]
+            if apart:
+                raise DeltaError(
+                    f"{entry.name} is tied in {self.tensors.label} ({', '.join(names)}), but the patch changes it in "
+                    f"another way than {apart[0]}: give each a tensor of its own first"
+                )
+            if any(size > 1 and step == 0 for size, step in zip(weight.shape, weight.stride(), strict=True)):
+                raise DeltaError(
+                    f"{change.name} in {self.tensors.label} is expanded, so that several of its weights are one: "
+                    "give it memory of its own, with .contiguous()"
+                )
 
     def _hash(self, changes: Sequence[_Change]) -> None:
         if not self.verify:

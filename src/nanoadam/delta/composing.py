@@ -99,6 +99,11 @@ def _both(a: Entry, b: Entry) -> Entry:
             )
         assert a.base is not None  # the hash is a sum: each patch adds its own part to it
         result = None if b.result is None else (a.result + b.result - a.base) % 2**64
+    elif a.base == b.base:
+        raise DeltaError(
+            f"{a.name}: both patches change it, each of them on the base, and it is held whole: make the second one on "
+            "what the first one makes"
+        )
     else:
         raise _strangers(a)
     return replace(merged, name=a.name, base=a.base, result=result, tied=a.tied or b.tied)

@@ -64,7 +64,7 @@ def diff(
     before, after = tensors_of(base), tensors_of(tuned)
     prefix = find_prefix(before, after)
     pairs = list(_pairs(before, after, prefix, frozenset(new)))
-    used = {own for _, own in pairs} | {before.find(each.removeprefix(prefix)) for each in new}
+    used = {own for *_, own in pairs} | {before.find(each.removeprefix(prefix)) for each in new}
     patch = Patch(
         {},
         base=_name_of(base) if name is None else name,
@@ -111,14 +111,22 @@ def find_prefix(base: Tensors, tuned: Tensors) -> str:
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def _pairs(base: Tensors, tuned: Tensors, prefix: str, new: frozenset[str]) -> Iterator[tuple[str, str | None]]:
-    """For each tuned tensor: its name in the base, None if it is not there."""
+def _pairs(
+    base: Tensors, tuned: Tensors, prefix: str, new: frozenset[str]
+) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
+    """For each tuned tensor: its names, and the one that it has in the base, None if it is not there.
+
+    One that stands for several of the base (weights that were tied since) comes once for each of them.
+    """
     for name in tuned.names():
         names = (name, *tuned.tied.get(name, ()))
-        if new.intersection(names):
-            yield name, None
-        else:
-            yield name, base.find(*(each.removeprefix(prefix) for each in names if each.startswith(prefix)))
+        own = {each: base.find(each.removeprefix(prefix)) for each in names if each.startswith(prefix)}
+        found = [] if new.intersection(names) else [each for each in dict.fromkeys(own.values()) if each is not None]
+        for each in found[1:]:
+            mine = tuple(other for other in names if own.get(other) == each)
+            names = tuple(other for other in names if other not in mine)
+            yield mine[0], mine[1:], each
+        yield names[0], names[1:], found[0] if found else None
 
 
 def name_key(name: str) -> int:
@@ -127,15 +135,15 @@ def name_key(name: str) -> int:
 
 
 def _compare_all(
-    base: Tensors, tuned: Tensors, pairs: list[tuple[str, str | None]], progress: Progress | None
+    base: Tensors, tuned: Tensors, pairs: list[tuple[str, tuple[str, ...], str | None]], progress: Progress | None
 ) -> Iterator[tuple[str, Entry | int]]:
     """For each tuned tensor, by its name in the base if it has one: its entry, or its hash if it has not changed."""
-    sizes = {name: nbytes(*tuned.form(name)) for name, _ in pairs}
+    first = tuned.known()
+    sizes = {name: nbytes(*tuned.form(first[name])) for name, *_ in pairs}
     done, all_of_it = 0, sum(sizes.values())
-    for name, own in pairs:
-        tied = tuned.tied.get(name, ())
-        after = tuned.tensor(name)
-        if own is None or base.form(own) != tuned.form(name):
+    for name, tied, own in pairs:
+        after = tuned.tensor(first[name])
+        if own is None or base.form(own) != tuned.form(first[name]):
             yield name, replace(whole(name, after, "new"), tied=tied)
         else:
             before = base.tensor(own).to(after.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class DenseCopy(Tensor):
         """Refuse to be written to from now on."""
         size, stride = dense.shape, dense.stride()
         made = torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dense.dtype, device=dense.device)
+        torch._C._set_throw_on_mutable_data_ptr(made)  # for what would read memory that is not there
         made._dense = dense
         return made
 
@@ -37,11 +38,15 @@ class DenseCopy(Tensor):
         return self._dense.to(dtype or self.dtype, copy=True)
 
     def numpy(self, **options: Any) -> Any:
-        """A copy."""
-        return self.to_dense().numpy(**options)
+        """A copy, which refuses to be written to."""
+        return tensor.read_only(self.to_dense(), **options)
 
-    def __array__(self, *args: Any, **options: Any) -> Any:
-        return self.to_dense().__array__(*args, **options)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.numpy()
+        return array.astype(dtype or array.dtype) if copy or dtype else array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.to_dense().__dlpack__(**options)
 
     def tolist(self) -> Any:
         """As in torch."""
@@ -50,6 +55,24 @@ class DenseCopy(Tensor):
     def data_ptr(self) -> int:
         """Of the copy."""
         return self._dense.data_ptr()
+
+    def share_memory_(self) -> NoReturn:
+        """It would be the copy that is shared.
+
+        Raises:
+            TypeError: always.
+        """
+        tensor.refuse("share_memory_()", self)
+
+    def is_shared(self) -> bool:
+        """Whether the copy is in shared memory."""
+        return bool(self._dense.is_shared())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.to_dense()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.to_dense().__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"read-only view of a SelectedGradient: {self._dense!r}"

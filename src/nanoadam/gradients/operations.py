@@ -107,9 +107,14 @@ def _one_by_one(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         return func(*tree_map_only((SelectedGradient, DenseCopy), dense_of, args), **kwargs)
     if single is None:
         refuse(f"_foreach_{name}()", next(each for each in args[0] if isinstance(each, (SelectedGradient, DenseCopy))))
-    count = len(args[0])
+    count = next(len(value) for value in args if isinstance(value, (list, tuple)))
+    if stem in ("addcmul", "addcdiv") and len(args) == 4 and isinstance(args[3], Tensor):
+        args = (*args[:3], args[3].tolist())  # a number for each
     columns = [value if isinstance(value, (list, tuple)) and len(value) == count else [value] * count for value in args]
-    results = [single(*each, **kwargs) for each in zip(*columns, strict=True)]
+    if stem in ("addcmul", "addcdiv"):  # alone, they take the number by its name only
+        results = [single(*each[:3], value=each[3] if len(each) > 3 else 1) for each in zip(*columns, strict=True)]
+    else:
+        results = [single(*each, **kwargs) for each in zip(*columns, strict=True)]
     return None if _written(func) else results
 
 
@@ -218,10 +223,16 @@ def _add_in_place(func: Any, gradient: Any, other: Any, *, alpha: float = 1) -> 
     if type(gradient) is not SelectedGradient or not isinstance(other, Tensor) or other.shape != gradient.shape:
         return NotImplemented
     box, factor = gradient._box, -alpha if func is aten.sub_.Tensor else alpha
-    if box.accumulator is not None and factor == 1 and (type(other) is Tensor or box.zeroed):
+    by_autograd = torch._C._current_graph_task_id() != -1  # what a layer has made may be for a newer selection
+    taken = type(other) is Tensor or box.zeroed or (by_autograd and type(other) is SelectedGradient)
+    if box.accumulator is not None and factor == 1 and taken:
         box.accumulator.add(box, other)
     else:
-        box.values.add_(_take(gradient, other), alpha=factor)
+        if by_autograd and isinstance(other, SelectedGradient):
+            entries = other._box.moved_to(box.selection)
+        else:
+            entries = _take(gradient, other)
+        box.values.add_(entries, alpha=factor)
         box.zeroed = False
     return gradient
 
@@ -249,8 +260,9 @@ def _zero_in_place(func: Any, gradient: SelectedGradient) -> SelectedGradient:
     box = gradient._box
     if box.selection.stale and box.slot is not None and box.slot.selection is not None:
         box.place(box.slot.selection, None)  # it may be used again
-    box.pending, box.fill, box.zeroed = None, 0.0, True
+    box.pending, box.fill = None, 0.0
     box.values.zero_()
+    box.zeroed = True
     return gradient
 
 

@@ -153,6 +153,12 @@ class GradientRelease:
             slot.gradient = SelectedGradient(box, slot.weight)
             self._gather(box, gradient.detach())
 
+    def adopt(self, slot: Slot, gradient: SelectedGradient) -> None:
+        """Add to this one, which a user has put into `p.grad` and a step was made with, from now on."""
+        box, hook = gradient._box, _Hook.of(slot.parameter)
+        if box.fill == 0 and hook is not None and hook.alive() == [self]:
+            box.slot, box.accumulator = slot, self
+
     def add(self, box: Box, gradient: Tensor) -> None:
         """See `Accumulator`. The first gradient after one was zeroed in place is the first of its step."""
         owner = self._owner()
@@ -171,7 +177,8 @@ class GradientRelease:
         slot = box.slot
         assert slot is not None
         if type(gradient) is SelectedGradient:  # a layer has made it, or a user
-            box.stored = gradient._box.moved_to(box.selection).to(box.dtype)
+            new = gradient._box.moved_to(box.selection).to(box.dtype)
+            box.stored = new if box.stored is None else box.stored.add_(new)
             return
         box.pending = gradient
         self._gathered.append(weakref.ref(box))

@@ -41,8 +41,8 @@ class Box:
     """
 
     __slots__ = (
-        "__weakref__", "_loan", "accumulator", "dtype", "exchanged", "fill", "pending", "selection", "slot", "stored",
-        "zeroed",
+        "__weakref__", "_loan", "_shown", "_zeroed", "accumulator", "dtype", "exchanged", "fill", "pending",
+        "selection", "slot", "stored",
     )  # fmt: skip
 
     def __init__(
@@ -58,13 +58,25 @@ class Box:
         self.dtype = dtype if values is None else values.dtype
         self.fill, self.slot, self.accumulator = fill, slot, accumulator
         self.pending: Tensor | None = None  # a dense gradient that is still to be added
-        self.zeroed = False  # in place, and nothing was added since
+        self._zeroed = False
+        self._shown = -1  # version of the entries that a user has, who may write to them
         self.exchanged = ""  # how other processes' gradients have come into it
         self.place(selection, values)
 
     def place(self, selection: Selection, values: Tensor | None) -> None:
         """Give it other positions, where nothing is lost by it."""
-        self.selection, self._loan, self.stored = selection, selection.borrow(), values
+        self.selection, self._loan, self.stored, self._shown = selection, selection.borrow(), values, -1
+
+    @property
+    def zeroed(self) -> bool:
+        """Whether it was zeroed in place, and nothing was added since, nor written to its entries."""
+        return self._zeroed and (self.stored is None or self._shown in (-1, self.stored._version))
+
+    @zeroed.setter
+    def zeroed(self, zeroed: bool) -> None:
+        self._zeroed = zeroed
+        if self._shown >= 0 and self.stored is not None:
+            self._shown = self.stored._version
 
     @property
     def values(self) -> Tensor:
@@ -85,6 +97,12 @@ class Box:
         if self.stored is None:
             self.stored = self.room().zero_()
         return self.stored
+
+    def show(self) -> Tensor:
+        """The entries, for a user who may write to them at any time from now on."""
+        values = self.values
+        self._zeroed, self._shown = self.zeroed, values._version
+        return values
 
     def room(self) -> Tensor:
         """Where the entries are, or can be put: of the layout's shape."""
@@ -157,7 +175,7 @@ class SelectedGradient(Tensor):
     @property
     def entries(self) -> Tensor:
         """The selected entries themselves, to be read or written: `grad_dtype`, [selected], or [columns, outputs]."""
-        return self._box.values
+        return self._box.show()
 
     def positions(self) -> Tensor:
         """Where they are in the flattened parameter (row-major): int64, like `entries`, -1 at empty places."""
@@ -193,11 +211,12 @@ class SelectedGradient(Tensor):
         self._box = value._box
 
     def numpy(self, **options: Any) -> Any:
-        """A dense copy."""
-        return self.to_dense().numpy(**options)
+        """A dense copy, which refuses to be written to."""
+        return read_only(self.to_dense(), **options)
 
-    def __array__(self, *args: Any, **options: Any) -> Any:
-        return self.to_dense().__array__(*args, **options)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.numpy()
+        return array.astype(dtype or array.dtype) if copy or dtype else array
 
     def __dlpack__(self, **options: Any) -> Any:
         return self.to_dense().__dlpack__(**options)
@@ -257,6 +276,13 @@ def _rebuild(index: Tensor, layout: AnyLayout, values: Tensor, fill: float, shap
 
 
 torch.serialization.add_safe_globals([_rebuild, ColumnLayout, Layout])
+
+
+def read_only(dense: Tensor, **options: Any) -> Any:
+    """A numpy array that cannot be written to."""
+    array = dense.numpy(**options)
+    array.flags.writeable = False
+    return array
 
 
 def refuse(what: str, gradient: Tensor) -> NoReturn:

@@ -80,6 +80,7 @@ class Slot:
     selected_for: int = -1  # the step of its group that the selection stands for
     arrived_in: int = -1  # the step of its group in which its last first gradient arrived
     forward_in: int = -1  # the step of its group in which a layer last asked for its columns
+    weight_version: int = -1  # how often the weight had been written to when it was selected from
     overdue: bool = False  # a refresh was due while a backward was on its way
     served: Any = None  # see columns.py
     version: int = 0  # counts selections and moves
