@@ -9,30 +9,25 @@ What this implementation really holds per selected weight: an int16 index and tw
 with bfloat16 states, which is the paper's 6. `moments="carry"` (the default) takes 2 bytes more, from the start: the
 step at which the weight entered. With `granularity="column"` an index and that step are of a whole input column, so
 the two moments are nearly all, and layers compute the gradient of the selected columns only, so none is in transit.
-Activations, temporary buffers and the allocator's rounding are not in here.
+Activations are in here where the batch is given: see activations.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from nanoadam import chunks
 from nanoadam.chunks import nanoadam_state
 from nanoadam.text import align, short, unit
+from nanoadam.weights import Weight, from_config, itemsize_of, torch_dtype, weights_of
+
+__all__ = ["Estimate", "estimate", "from_config", "render", "table"]
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    DType: TypeAlias = str | torch.dtype
-    Model: TypeAlias = nn.Module | str | PathLike[str] | Iterable[tuple[str, Sequence[int]]]
-
-_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
+    from nanoadam import activations
+    from nanoadam.weights import DType, Model
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,14 @@ class Estimate:
     transient: int
     """The one dense gradient that exists before it is cut down: of the largest tensor whose gradient is made whole."""
     state: int
+    iteration: int | None = None
+    """The most that exists at once of activations and gradients in one iteration; None if no batch was given."""
 
     @property
     def total(self) -> int:
-        """All of it: the peak without activations, if the largest tensor's gradient comes last."""
-        return self.weights + self.gradients + self.held + self.transient + self.state
+        """All of it: the peak. Without a batch that is without activations, if the largest gradient comes last."""
+        gradients = self.gradients + self.held + self.transient
+        return self.weights + self.state + (gradients if self.iteration is None else max(gradients, self.iteration))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the total included."""
@@ -64,47 +62,10 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A parameter as the formulas see it."""
-
-    shape: tuple[int, ...]
-    itemsize: int
-    treatment: str  # "selected", "dense" or "frozen"
-    linear: bool  # the weight of a linear layer within the model: what LoRA and GaLore work on
-    counted: bool = False  # a bare count of weights, which has no chunks
-    columns: bool = False  # whole columns of it are selected
-    transposed: bool = False  # stored [inputs, outputs]
-    looked_up: bool = False  # by an embedding that is no head: only selected entries of its gradient are computed
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.numel * self.itemsize
-
-    def layout(self, density: float) -> chunks.AnyLayout:
-        if self.columns:
-            return chunks.column_layout(self.shape, density, transposed=self.transposed)
-        return chunks.layout(self.shape, density)
-
-    def kept(self, density: float) -> int:
-        return round(density * self.numel) if self.counted else self.layout(density).selected
-
-    def state(self, density: float, size: int, carried: bool) -> int:
-        """Bytes of a selected tensor's state; of a bare count what a weight takes, without the few of a column."""
-        if not self.counted:
-            return chunks.state_bytes(self.layout(density), size, carried=carried)
-        kept = self.kept(density)
-        return 2 * size * kept if self.columns else nanoadam_state(kept, 0, size, carried=carried)
-
-
-@dataclass(frozen=True)
 class _Case:
     """What an estimate is made of."""
 
-    tensors: tuple[_Tensor, ...]
+    tensors: tuple[Weight, ...]
     density: float
     window: int
     rank: int | None
@@ -114,7 +75,7 @@ class _Case:
     carried: bool
 
     @property
-    def trained(self) -> tuple[_Tensor, ...]:
+    def trained(self) -> tuple[Weight, ...]:
         return tuple(tensor for tensor in self.tensors if tensor.treatment != "frozen")
 
     @property
@@ -136,7 +97,7 @@ class _Case:
             state=round(state),
         )
 
-    def matrices(self, method: str) -> tuple[_Tensor, ...]:
+    def matrices(self, method: str) -> tuple[Weight, ...]:
         """The weights of linear layers, at least one."""
         found = tuple(tensor for tensor in self.tensors if tensor.linear)
         if not found:
@@ -203,13 +164,11 @@ def _galore(case: _Case) -> Estimate:
 
 
 def _lora(case: _Case) -> Estimate:
-    """Adapters on all linear layers but the head, in float32 as PEFT makes them; the base is frozen, the head too."""
+    """Adapters on all linear layers but the head, float32 as PEFT makes them by default; the base is frozen."""
     rank, size = case.rank or 32, case.state_bytes or 4
-    adapters = sum(rank * sum(tensor.shape) for tensor in case.matrices("LoRA"))
+    adapters = size * sum(rank * sum(tensor.shape) for tensor in case.matrices("LoRA"))
     name = f"LoRA, r={rank}, all linear"
-    return case.estimate(
-        name, f"{2 * size} r (in + out)", 2 * size * adapters, weights=4 * adapters, gradients=4 * adapters
-    )
+    return case.estimate(name, f"{2 * size} r (in + out)", 2 * adapters, weights=adapters, gradients=adapters)
 
 
 METHODS: dict[str, Callable[[_Case], Estimate]] = {
@@ -241,6 +200,9 @@ def estimate(
     momentum: bool = False,
     carried: bool = False,
     granularity: str = "weight",
+    batch: int | None = None,
+    sequence: int = 512,
+    checkpointing: bool = False,
 ) -> Estimate:
     """The memory that one method needs to finetune a model, in bytes.
 
@@ -253,12 +215,15 @@ def estimate(
         density: k, for NanoAdam and MicroAdam; for a schedule its `largest`.
         window: m, the gradients in MicroAdam's window.
         rank: of LoRA (default 32) and GaLore (default 256).
-        state_dtype: of the moments; bfloat16 by default, float32 for LoRA.
+        state_dtype: of the moments; bfloat16 by default. Of LoRA's moments and adapters: float32 by default.
         weight_dtype: of the weights and their gradients; by default the model's own, bfloat16 without one.
         grad_dtype: of NanoAdam's held gradients.
         momentum: whether SGD has it.
         carried: NanoAdam with `moments="carry"`, its default; without, the paper's formula, as with "reset".
         granularity: of NanoAdam's selection: "weight", or "column" for whole input columns of linear layers.
+        batch: rows of a batch. With it what forward and backward take is found, for a model of transformers.
+        sequence: tokens of a row; images have the size that the model's config says.
+        checkpointing: whether activations are recomputed in backward.
 
     Raises:
         ValueError: for an unknown method, granularity or dtype, a density outside (0, 1], a count that is not positive,
@@ -271,20 +236,51 @@ def estimate(
         raise ValueError(f"density must be in (0, 1], got {density}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; got {granularity!r}")
-    for name, count in (("window", window), ("rank", rank)):
+    for name, count in (("window", window), ("rank", rank), ("batch", batch), ("sequence", sequence)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    if batch is not None and isinstance(model, (str, PathLike)):
+        model = from_config(model)
+    if batch is not None and not hasattr(model, "config"):
+        raise ValueError("activations are of a model of transformers: pass model= (a module, a folder or a hub id)")
     case = _Case(
-        tensors=_tensors(params, model, weight_dtype, granularity if method == "nanoadam" else "weight"),
+        tensors=weights_of(params, model, weight_dtype, granularity if method == "nanoadam" else "weight"),
         density=density,
         window=window,
         rank=rank,
-        state_bytes=None if state_dtype is None else _itemsize(state_dtype),
-        grad_bytes=_itemsize(grad_dtype),
+        state_bytes=None if state_dtype is None else itemsize_of(state_dtype),
+        grad_bytes=itemsize_of(grad_dtype),
         momentum=momentum,
         carried=carried,
     )
-    return METHODS[method](case)
+    found = METHODS[method](case)
+    if batch is None:
+        return found
+    module: Any = model
+    from nanoadam import activations
+
+    handling = [_handling(tensor, case, method) for tensor in case.tensors]
+    iteration = activations.peak(
+        module, handling, batch, sequence, checkpointing=checkpointing, dtype=torch_dtype(weight_dtype)
+    )
+    return replace(found, iteration=iteration)
+
+
+def _handling(tensor: Weight, case: _Case, method: str) -> activations.Handling:
+    """What becomes of a parameter's gradient."""
+    from nanoadam import activations
+
+    if method == "lora":
+        if not tensor.linear:
+            return activations.Handling("frozen")
+        return activations.Handling("adapted", case.state_bytes or 4, case.rank or 32)
+    if method != "nanoadam" or tensor.treatment != "selected":
+        return activations.Handling("frozen" if tensor.treatment == "frozen" else "dense")
+    entries = tensor.kept(case.density) * case.grad_bytes
+    if tensor.columns:
+        keep = -(-tensor.layout(case.density).places // 8) * 8  # of the last few nothing is used
+        return activations.Handling("columns", entries, keep, tensor.transposed)
+    return activations.Handling("rows" if tensor.looked_up else "selected", entries)
 
 
 def table(
@@ -305,7 +301,7 @@ def table(
         model = from_config(model)  # once, not once per method
     elif model is not None and not hasattr(model, "named_parameters"):
         model = list(model)
-    shapes = any(tensor.linear for tensor in _tensors(params, model, None))
+    shapes = any(tensor.linear for tensor in weights_of(params, model, None))
     shared: dict[str, Any] = {"params": params, "model": model, "density": density, **options}
     rows = [(method, own) for method, own in _TABLE if shapes or method not in _NEED_LINEAR]
     if granularity not in (None, *GRANULARITIES):
@@ -340,126 +336,19 @@ def render(rows: Sequence[Estimate], *, assumed: bool = False) -> str:
         assumed: whether the bytes of a weight were not told, nor known from a model.
     """
     name, size = unit(max(row.total for row in rows))
-    header = ["method", "state by formula", "state", "weights", "gradients", "held", "in transit", "total"]
-    lines = [
-        [row.method, row.formula]
-        + [short(part / size) for part in (row.state, row.weights, row.gradients, row.held, row.transient, row.total)]
-        for row in rows
-    ]
+    whole = rows[0].iteration is not None
+    columns = ["iteration"] if whole else ["gradients", "held", "in transit"]
+    header = ["method", "state by formula", "state", "weights", *columns, "total"]
+    lines = []
+    for row in rows:
+        parts = (row.iteration or 0,) if whole else (row.gradients, row.held, row.transient)
+        sizes = (row.state, row.weights, *parts, row.total)
+        lines.append([row.method, row.formula, *(short(part / size) for part in sizes)])
     each = rows[0].weights / max(1, rows[0].parameters)
     said = f"{short(each)} byte{'s' if each != 1 else ''} each{' (assumed)' if assumed else ''}"
-    note = (
-        f"In {name} (1e{len(str(size)) - 1} bytes), for {rows[0].parameters:,} weights of {said}, and gradients as "
-        "large; without activations."
-    )
+    note = f"In {name} (1e{len(str(size)) - 1} bytes), for {rows[0].parameters:,} weights of {said}"
+    if whole:
+        note += ". An iteration is what activations and gradients take together at its peak, as on a GPU."
+    else:
+        note += ", and gradients as large; without activations."
     return f"{align([header, *lines], left=2)}\n{note}"
-
-
-def from_config(name: str | PathLike[str]) -> nn.Module:
-    """The model of a local folder or a hub id on the meta device: shapes and dtypes, no weights.
-
-    The class is the one that `architectures` in the config names, or `AutoModel` without one.
-
-    Raises:
-        ValueError: if there is no config to be read, or it needs code that transformers does not have.
-        ImportError: without transformers.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("reading a model's config needs transformers: pip install 'nanoadam[finetune]'") from error
-    import torch
-
-    folder = Path(name)
-    if not folder.exists() and (isinstance(name, PathLike) or str(name).startswith(("/", ".", "~"))):
-        raise ValueError(f"there is no folder {name}: pass the folder of a saved transformers model, or a hub id")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name} holds no config.json: pass the folder of a saved transformers model")
-    automatic: Any = transformers.AutoModel
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=False)
-        kind: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
-        with torch.device("meta"):
-            model: nn.Module = automatic.from_config(config) if kind is None else kind(config)
-    except Exception as error:  # a config is somebody's file: transformers fails on it in as many ways as there are
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"no model config could be read for {str(name)!r} ({reason}). Without network, pass a local folder that "
-            "holds config.json, or a number of weights"
-        ) from error
-    dtype = getattr(config, "dtype", None)
-    return model.to(dtype) if isinstance(dtype, torch.dtype) else model
-
-
-def _tensors(
-    params: float | None, model: Model | None, weight_dtype: DType | None, granularity: str = "weight"
-) -> tuple[_Tensor, ...]:
-    columns = granularity == "column"
-    itemsize = None if weight_dtype is None else _itemsize(weight_dtype)
-    if (params is None) == (model is None):
-        raise ValueError("pass either params= (a number of weights) or model=, and not both")
-    if params is not None:
-        if not (math.isfinite(params) and params >= 1):
-            raise ValueError(f"params must be a number of weights of at least 1, got {params}")
-        return (_Tensor((round(params),), itemsize or 2, "selected", linear=False, counted=True, columns=columns),)
-    if isinstance(model, (str, PathLike)):
-        model = from_config(model)
-    if hasattr(model, "named_parameters"):
-        return _module_tensors(model, itemsize, granularity)
-    found = tuple(
-        _Tensor(
-            tuple(shape),
-            itemsize or 2,
-            "selected" if len(shape) > 1 else "dense",
-            linear=len(shape) == 2,
-            columns=columns and len(shape) == 2,
-        )
-        for _, shape in model or ()
-        if math.prod(shape)
-    )
-    if not found:
-        raise ValueError("model= holds no weights: pass a module, a folder, or (name, shape) pairs")
-    return found
-
-
-def _module_tensors(model: Any, itemsize: int | None, granularity: str) -> tuple[_Tensor, ...]:
-    from torch import nn
-
-    from nanoadam import groups
-
-    layers = (m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
-    linear = {id(layer.weight) for layer in layers}
-    treatment: dict[int, str] = {}
-    columns: dict[int, bool] = {}  # whether they are stored transposed
-    looked_up: set[int] = set()
-    found = groups.param_groups(model, granularity=granularity)
-    for group in found:
-        for parameter, name, role in zip(group["params"], group["param_names"], group["roles"], strict=True):
-            treatment[id(parameter)] = "dense" if group["dense"] else "selected"
-            if group.get("granularity") == "column" and name not in found.whole:
-                columns[id(parameter)] = group["transposed"]
-            if role == "embedding" and name not in found.tied:
-                looked_up.add(id(parameter))
-            if role != "matrix":
-                linear.discard(id(parameter))
-    return tuple(
-        _Tensor(
-            tuple(parameter.shape),
-            itemsize or parameter.element_size(),
-            treatment.get(id(parameter), "frozen"),
-            linear=id(parameter) in linear and parameter.dim() == 2,
-            columns=id(parameter) in columns,
-            transposed=columns.get(id(parameter), False),
-            looked_up=id(parameter) in looked_up,
-        )
-        for parameter in model.parameters()
-    )
-
-
-def _itemsize(dtype: DType) -> int:
-    if not isinstance(dtype, str):
-        return dtype.itemsize
-    name = dtype.removeprefix("torch.")
-    if name not in _ITEMSIZE:
-        raise ValueError(f"dtype must be one of {', '.join(_ITEMSIZE)}; got {dtype!r}")
-    return _ITEMSIZE[name]

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("typer")
 
 import nanoadam
+import tiny
 from nanoadam import cli, memory
 
 COMMANDS = ["analyze", "bench", "compare", "demo", "evaluate", "finetune", "memory", "predict", "reproduce"]
@@ -68,6 +69,7 @@ def test_no_command_is_left_out_of_these_tests() -> None:
         (["memory", "--params", "-1"], "-1"),
         (["memory", "--params", "1e9", "--density", "1.5"], "density must be in (0, 1], got 1.5"),
         (["memory", "--params", "1e9", "--method", "adagrad"], "adagrad"),
+        (["memory", "--params", "1e9", "--batch-size", "8"], "--batch-size needs --model"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
@@ -95,6 +97,18 @@ def test_memory_of_one_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["memory", "--params", "6.275e9", "--method", "nanoadam", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["state"] == 376_500_000
+
+
+def test_memory_with_a_batch_counts_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    tiny.causal_folder(tmp_path)
+    peaks = []
+    for more in ([], ["--checkpoint-activations"]):
+        assert cli.main(["memory", "--model", str(tmp_path), "--batch-size", "512", "--sequence", "64", *more]) == 0
+        out = capsys.readouterr().out
+        assert "iteration" in out.splitlines()[0]
+        peaks.append(float(next(line for line in out.splitlines() if "of columns" in line).split()[-1]))
+    assert peaks[1] < peaks[0]
 
 
 def test_memory_counts_a_model_from_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

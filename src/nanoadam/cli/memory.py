@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from nanoadam import memory as costs
 from nanoadam.cli.options import Json
 
-EXAMPLE = "Example: nanoadam memory --params 6.275e9"
+EXAMPLE = "Example: nanoadam memory --model DIR_OR_ID --density 0.1 --batch-size 8 --sequence 512"
 
 
 def memory(
@@ -38,26 +38,27 @@ def memory(
             help="Of weights and gradients: bfloat16, float32 or float16.", show_default="the model's, or bfloat16"
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Rows of a batch: activations are counted too (with --model).", show_default=False),
+    ] = None,
+    sequence: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    checkpoint_activations: Annotated[bool, typer.Option(help="They are recomputed in backward.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What finetuning takes with each optimizer, by formula: state, weights and gradients.
+    """What finetuning takes with each optimizer: state, weights and gradients, by formula.
 
-    Give --params or --model. Activations are not counted.
+    Give --params or --model; with --batch-size the peak of an iteration, found by running the model without data.
     """
     if (params is None) == (model is None):
         raise ValueError("give either --params (a number of weights) or --model (a folder or a hub id)")
+    if batch_size is not None and model is None:
+        raise ValueError("--batch-size needs --model: a number of weights has no activations")
+    shared: dict[str, Any] = {"params": params, "model": model, "density": density, "weight_dtype": dtype}
+    shared |= {"batch": batch_size, "sequence": sequence, "checkpointing": checkpoint_activations}
     if method is None:
-        rows = costs.table(params=params, model=model, density=density, granularity=granularity, weight_dtype=dtype)
+        rows = costs.table(**shared, granularity=granularity)
     else:
-        rows = [
-            costs.estimate(
-                method,
-                params=params,
-                model=model,
-                density=density,
-                weight_dtype=dtype,
-                granularity=granularity or "weight",
-            )
-        ]
+        rows = [costs.estimate(method, **shared, granularity=granularity or "weight")]
     assumed = model is None and dtype is None
     print(json.dumps([row.to_dict() for row in rows]) if as_json else costs.render(rows, assumed=assumed))
