@@ -69,8 +69,10 @@ def figures(name: str, data: dict[str, Any]) -> Iterator[tuple[str, str, str, st
             yield "MiniLM's shapes", "a step", row["method"], "wall time", row["per_step_ms"], "ms"
     elif kind == "delta":
         options = data["options"]
-        for what, ms in data["sync_ms"].items():
+        for what, ms in data.get("sync_ms", {}).items():
             yield options["model"], f"{options['density']:g}, to a second device", what, "sync", ms, "ms"
+        for row in data.get("times", []):
+            yield options["model"], f"{options['density']:g}, on one device", row["what"], "wall time", row["ms"], "ms"
 
 
 def table() -> str:

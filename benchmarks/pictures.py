@@ -25,7 +25,7 @@ STYLE = """
 text{font:13px system-ui,sans-serif;fill:#24292f}.s{font-size:11px;fill:#57606a}.t{font-weight:600}.e{text-anchor:end}
 .m{text-anchor:middle}.a{fill:#2b6ca3}.b{fill:#9aa7b2}.c{fill:#d9822b}.d{fill:#d7dde2}.l{stroke:#8c959f;fill:none}
 .p{fill:none;stroke-width:2}.pa{stroke:#2b6ca3}.pb{stroke:#6e7781}.pc{stroke:#d9822b}.pd{stroke:#4d9a6a}
-.g{fill:#4d9a6a}.w{fill:#fff;stroke:#c4ccd4}
+.pe{stroke:#8a63c9}.g{fill:#4d9a6a}.v{fill:#8a63c9}.w{fill:#fff;stroke:#c4ccd4}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.s{fill:#9da7b1}.b{fill:#6e7781}.d{fill:#343b44}
 .w{fill:#161b22;stroke:#3d444d}.pb{stroke:#9da7b1}}
 """.replace("\n", "")
@@ -226,7 +226,7 @@ def curve(picture: Picture, frame: tuple, ranges: tuple, points: Sequence[tuple[
     placed = [(left + width * (x - x0) / (x1 - x0), top + height * (y1 - y) / (y1 - y0)) for x, y in points]
     picture.line(placed, f"p p{color}")
     for x, y in placed:
-        picture.dot(x, y, {"a": "a", "b": "b", "c": "c", "d": "g"}[color])
+        picture.dot(x, y, {"a": "a", "b": "b", "c": "c", "d": "g", "e": "v"}[color])
 
 
 def rates() -> Picture:
@@ -254,28 +254,72 @@ def rates() -> Picture:
     return picture
 
 
+def fronts(name: str, task: str, value: Callable[[dict], tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
+    """Of each rule, what is learned and kept (less is better), mean of seeds, by those that none of its own betters."""
+    by = defaultdict(lambda: defaultdict(list))
+    for row in rows_of(name):
+        if row["task"] == task and row["parts"]["1"]["loss"] is not None:  # None: the run diverged
+            for part, found in row["parts"].items():
+                by[row["rule"]][row["lr"], part].append(value(found))
+    result = {}
+    for rule, places in by.items():
+        most = max(map(len, places.values()))
+        points = sorted(tuple(map(mean, zip(*some, strict=True))) for some in places.values() if len(some) == most)
+        result[rule] = [p for i, p in enumerate(points) if all(p[1] < other[1] for other in points[:i])]
+    return result
+
+
+def legend(picture: Picture, wanted: Sequence[tuple[str, str, str]], places: Sequence[float], top: float) -> None:
+    for (label, _, color), x in zip(wanted, places, strict=True):
+        picture.box(x, top, 12, 12, {"d": "g", "e": "v"}.get(color, color))
+        picture.text(x + 18, top + 11, label, "s")
+
+
 def columns() -> Picture:
     """What is kept against what is learned: rules on the small Llama."""
     wanted = [("AdamW", "adamw", "b"), ("LoRA, rank 32", "lora r=32", "c"),
               ("single weights, 10 to 4 %", "weights 10->4 %", "a"),
-              ("largest columns, once, 10 %", "columns 10 %, largest, once", "d")]  # fmt: skip
-    by = defaultdict(lambda: defaultdict(list))
-    for row in rows_of("columns-llama.jsonl"):
-        if row["task"] == "gsm8k" and row["parts"]["1"]["loss"] is not None:  # None: the run diverged
-            by[row["rule"]][row["lr"]].append(row["parts"]["1"])
+              ("largest columns, 10 %", "columns 10 %, largest", "d"),
+              ("25 %", "columns 25 %, largest", "e")]  # fmt: skip
+    found = fronts("columns-llama.jsonl", "gsm8k", lambda part: (part["loss"], part["kept"]))
     picture = Picture(640, 330, "A small Llama on GSM8K: loss on what is learned against loss on what is kept")
-    frame, ranges = (60, 40, 540, 210), ((1.1, 1.7), (1.8, 3.4))
+    frame, ranges = (60, 40, 540, 210), ((1.1, 1.9), (1.85, 2.95))
     axes(
         picture, frame,
-        {60 + 900 * (x - 1.1): f"{x:.1f}" for x in (1.2, 1.3, 1.4, 1.5, 1.6)},
-        {40 + 210 * (3.4 - y) / 1.6: f"{y:.1f}" for y in (2.0, 2.4, 2.8, 3.2)},
+        {60 + 675 * (x - 1.1): f"{x:.1f}" for x in (1.2, 1.4, 1.6, 1.8)},
+        {40 + 210 * (2.95 - y) / 1.1: f"{y:.1f}" for y in (2.0, 2.2, 2.4, 2.6, 2.8)},
         ("loss on GSM8K's answers after finetuning (less is better)", "loss on documentation that it knew before"),
     )  # fmt: skip
-    for i, (label, rule, color) in enumerate(wanted):
-        points = sorted((mean(p["loss"] for p in parts), mean(p["kept"] for p in parts)) for parts in by[rule].values())
-        curve(picture, frame, ranges, [p for p in points if p[0] <= 1.7 and p[1] <= 3.4], color)
-        picture.box((60, 140, 250, 430)[i], 306, 12, 12, {"d": "g"}.get(color, color))
-        picture.text((60, 140, 250, 430)[i] + 18, 317, label, "s")
+    for _, rule, color in wanted:
+        curve(picture, frame, ranges, [p for p in found[rule] if p[0] <= 1.9 and p[1] <= 2.95], color)
+    legend(picture, wanted, (60, 130, 230, 390, 530), 306)
+    return picture
+
+
+def columns_minilm() -> Picture:
+    """The same on MiniLM: CoLA and SST-2."""
+    wanted = [("AdamW", "adamw", "b"), ("LoRA", "lora r=32", "c"),
+              ("single weights, 10 to 4 %", "weights 10->4 %", "a"),
+              ("columns at random, 10 %", "columns 10 %, random, once", "d"),
+              ("largest, 10 %", "columns 10 %, largest", "e")]  # fmt: skip
+    picture = Picture(760, 330, "MiniLM on CoLA and SST-2: what is learned against what is kept")
+    for left, task, metric, ticks, title in (
+        (60, "cola", "matthews", (0.1, 0.2, 0.3), "CoLA: recall of what it knew before"),
+        (430, "sst2", "accuracy", (0.82, 0.84, 0.86, 0.88), "SST-2: the same"),
+    ):
+        found = fronts("columns-minilm.jsonl", task, lambda part, metric=metric: (-part[metric], -part["kept"]))
+        low, high = ticks[0] - 0.01, ticks[-1] + 0.005
+        frame, ranges = (left, 40, 300, 210), ((low, high), (0.8, 1.0))
+        axes(
+            picture, frame,
+            {left + 300 * (x - low) / (high - low): f"{x:g}" for x in ticks},
+            {40 + 210 * (1 - y) / 0.2: f"{y:.2f}" for y in (0.8, 0.9, 1.0)},
+            (f"{metric.capitalize()} after finetuning (more is better)", title),
+        )  # fmt: skip
+        for _, rule, color in wanted:
+            points = [(-x, -y) for x, y in found[rule] if low <= -x <= high and -y >= 0.8]
+            curve(picture, frame, ranges, points, color)
+    legend(picture, wanted, (60, 150, 230, 410, 590), 306)
     return picture
 
 
@@ -341,7 +385,7 @@ def intervals() -> Picture:
 
 DRAWN: dict[str, Callable[[], Picture]] = {
     "llama-2-7b": llama, "kinds": kinds, "smallest": smallest, "step": step, "granularity": granularity,
-    "rates": rates, "columns": columns, "backward": backward, "intervals": intervals,
+    "rates": rates, "columns": columns, "columns-minilm": columns_minilm, "backward": backward, "intervals": intervals,
 }  # fmt: skip
 
 

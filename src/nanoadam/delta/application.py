@@ -57,6 +57,7 @@ class Application:
         self._hash(changes)
         changes = [change for change in changes if not self._is_done(change)]
         self._inspect([change for change in changes if change.entry.kind in ("sparse", "columns")])
+        self._check_whole([change for change in changes if change.entry.kind in ("dense", "new")])
         for change in changes:
             if change.entry.kind == "dense":
                 self._look_at_dense(change)
@@ -137,18 +138,25 @@ class Application:
             change.values, result = entry.values, entry.result
             if self.strength != 1:
                 change.values, result = between(found.old, entry.values, self.strength), None
-                if change.hash is not None:
-                    job.entry = entry.with_values(change.values, base=None, result=None)
-                    result = (change.hash + ops.inspect([job], hashed=True)[0].change) % 2**64
+                job.entry = entry.with_values(change.values, base=None, result=None)
             change.undo = replace(entry, name=change.name).with_values(found.old, base=result, result=change.hash)
+        hashed = [change for change in changes if change.hash is not None and self.strength != 1]
+        between_jobs = [change.job for change in hashed if change.job is not None]
+        for change, found in zip(hashed, ops.inspect(between_jobs, hashed=True), strict=True):
+            assert change.undo is not None and change.hash is not None
+            change.undo = replace(change.undo, base=(change.hash + found.change) % 2**64)
+
+    def _check_whole(self, changes: Sequence[_Change]) -> None:
+        for change in changes:
+            device = torch.device("cpu") if change.weight is None else change.weight.device
+            change.entry = change.entry.to(device)
+            check_values(change.entry)
+        if self.verify:
+            check_whole([change.entry for change in changes])
 
     def _look_at_dense(self, change: _Change) -> None:
-        weight = change.weight
+        entry, weight = change.entry, change.weight
         assert weight is not None
-        entry = change.entry.to(weight.device)
-        check_values(entry)
-        if self.verify:
-            check_whole(entry)
         old = weight.clone(memory_format=torch.contiguous_format) if self.keep else weight
         change.values, result = entry.values, entry.result
         if self.strength != 1:
@@ -158,11 +166,6 @@ class Application:
 
     def _look_at_new(self, change: _Change) -> None:
         entry, weight = change.entry, change.weight
-        device = torch.device("cpu") if weight is None else weight.device
-        entry = entry.to(device)
-        check_values(entry)
-        if self.verify:
-            check_whole(entry)
         change.values = entry.values.clone() if self.keep else entry.values
         if weight is not None and self.keep:
             change.undo = whole(change.name, weight, "new")

@@ -66,14 +66,16 @@ def check_result(entry: Entry, before: int | None, change: int) -> None:
         raise _other_result(entry)
 
 
-def check_whole(entry: Entry) -> None:
-    """The same for an entry that holds a whole tensor.
+def check_whole(entries: Sequence[Entry]) -> None:
+    """The same for entries that hold whole tensors.
 
     Raises:
         DeltaError: naming the tensor.
     """
-    if entry.result is not None and ops.hash_all([entry.values])[0] != entry.result:
-        raise _other_result(entry)
+    known = [entry for entry in entries if entry.result is not None]
+    for entry, found in zip(known, ops.hash_all([entry.values for entry in known]), strict=True):
+        if found != entry.result:
+            raise _other_result(entry)
 
 
 def _other_result(entry: Entry) -> DeltaError:

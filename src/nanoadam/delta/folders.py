@@ -106,7 +106,7 @@ class _Copy:
     def _new(self, entry: Entry) -> Iterable[Tensor]:
         check_values(entry)
         if self.verify:
-            check_whole(entry)
+            check_whole([entry])
         return files.pieces_of(entry.values)
 
     def _result(self, own: str, entry: Entry) -> Tensor:
@@ -125,7 +125,7 @@ class _Copy:
         check_values(entry)
         if entry.kind == "dense":
             if self.verify:
-                check_whole(entry)
+                check_whole([entry])
             return entry.values if strength == 1 else between(weight, entry.values, strength)
         job = Job(entry, weight)
         (found,) = ops.inspect([job], hashed=before is not None)
