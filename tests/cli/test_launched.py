@@ -18,7 +18,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["compare", "--jobs", "2"], ["reproduce", "toy"], ["demo"], ["bench"], ["memory"], ["predict", "x"],
+    [["reproduce", "toy"], ["demo"], ["bench"], ["memory"], ["predict", "x"],
      ["analyze", "x", "y"], ["delta", "info", "x"]],
 )  # fmt: skip
 def test_commands_of_one_process_refuse_to_be_several(
@@ -28,7 +28,7 @@ def test_commands_of_one_process_refuse_to_be_several(
     said = capsys.readouterr().err
     assert said.startswith(f"nanoadam: {arguments[0]} is one process, and torchrun or accelerate launch has started 2")
     assert said.count("\n") == 1
-    assert ("--jobs N" in said) == (arguments[0] in ("compare", "reproduce"))
+    assert ("--jobs N" in said) == (arguments[0] == "reproduce")
 
 
 def test_only_what_the_first_process_does_not_say_is_said_by_another(

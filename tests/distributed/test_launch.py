@@ -24,6 +24,7 @@ pytest.importorskip("transformers")
 
 from transformers import TrainerCallback
 
+from nanoadam.comparing import compare
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning import sharing
 from nanoadam.finetuning.config import Config
@@ -65,6 +66,29 @@ def material(root):
     tiny.jsonl(root / "dev.jsonl", tiny.sentences(9, first=36))
 
 
+def comparison(root, **keys):
+    """Replicas, a run that diverges, and a variant that several processes refuse."""
+    sections = {
+        "adamw": {"optimizer": "adamw", "learning_rates": [1e-3]},
+        "nano": {"learning_rates": [1e-3, 1e35]},
+        "sharded": {"optimizer": "lora", "shard": True, "learning_rates": [1e-3]},
+    }
+    own = config(root, epochs=1.0, save_model=False, **keys)
+    return compare.Comparison(own, compare.variants(None, [1e-3], sections), seeds=(0,))
+
+
+def compared(root, out):
+    """Stopped after the first run, and gone on with."""
+
+    def stop(what, done, total):
+        if done == 1 and total == 4:
+            raise StoppedError
+
+    with contextlib.suppress(StoppedError):
+        compare.run(comparison(root), out, stop, keep="best")
+    return compare.resume(out)
+
+
 def on_two(rank, size):
     root = Path(folder_for(rank, "launch"))
     if rank == 0:
@@ -86,7 +110,12 @@ def on_two(rank, size):
         finetune.run(config(root, batch_size=1), root / "small")
     except ValueError as error:
         small = str(error)
-    return root, results, said, small
+    table = compared(root, root / "compared")
+    try:
+        compare.run(comparison(root), root / "jobs", jobs=2)
+    except ValueError as error:
+        small += str(error)
+    return root, results, said, small, table
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +168,23 @@ def test_all_processes_say_the_same_of_a_run_that_cannot_go_on(two):
     assert two[0][2] == two[1][2]
     assert "at step" in two[0][2]
     assert "batch_size 1 cannot be shared out among 2 processes" in two[1][3]
+
+
+def test_a_comparison_by_two_processes_is_that_by_one(two, tmp_path):
+    root, *_, table = two[0]
+    alone = compared(root, tmp_path / "alone")
+    assert two[1][-1] == table
+    for ours, theirs in zip(table["runs"][:3], alone["runs"][:3], strict=True):  # one process shards nothing
+        for key in ("variant", "learning_rate", "stopped", "failed", "steps"):
+            assert ours.get(key) == theirs.get(key)
+        assert ours["metric"] == (theirs["metric"] and pytest.approx(theirs["metric"], rel=1e-4))
+    assert [run["metric"] is None for run in table["runs"]] == [False, False, True, True]
+    assert "at step" in table["runs"][2]["stopped"]
+    assert table["runs"][3]["failed"]
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert sorted(path.name for path in (root / "compared").iterdir()) == names
+    assert (root / "compared" / "runs" / table["kept"] / "model").is_dir()
+    assert "leave out --jobs" in two[1][3]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -101,12 +101,12 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
-    elif processes.count() > 1 and context.invoked_subcommand != "finetune":
+    elif processes.count() > 1 and context.invoked_subcommand not in ("finetune", "compare"):
         name = context.invoked_subcommand
-        spread = "; --jobs N spreads its runs over the GPUs" if name in ("compare", "reproduce") else ""
+        spread = "; --jobs N spreads its runs over the GPUs" if name == "reproduce" else ""
         raise ValueError(
             f"{name} is one process, and torchrun or accelerate launch has started {processes.count()} of them: start "
-            f"it by itself{spread} (finetune is the command for several processes)"
+            f"it by itself{spread} (finetune and compare are the commands for several processes)"
         )
 
 

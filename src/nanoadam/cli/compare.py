@@ -64,6 +64,7 @@ def compare(
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     need(EXTRAS)
     from nanoadam.comparing import compare as lab
+    from nanoadam.finetuning import processes
     from nanoadam.finetuning import run as single
 
     single.quiet()
@@ -78,14 +79,14 @@ def compare(
         chosen["seeds"] = listed("seeds", seeds, int)
     comparison = None if resume is not None else lab.made(chosen)
     folder = resume or out or new_folder("compare")
-    with counting("reading model and data", silent=as_json) as tell:
+    with counting("reading model and data", silent=as_json or not processes.first()) as tell:
         if comparison is None:
             results = lab.resume(folder, tell, jobs)
         else:
             results = lab.run(comparison, folder, tell, jobs, keep)
-    if as_json:
+    if as_json and processes.first():
         print(json.dumps({"out": str(folder), **results}))
-    else:
+    elif processes.first():
         _print_comparison(results, folder)
     if all(row["learning_rate"] is None for row in results["table"]):
         why = next((reason for row in results["table"] for reason in row["stopped"]), "no run is finished")

@@ -3,6 +3,8 @@
 A variant is a name, keys of the config that it sets, and its learning rates. Each run is a finetuning run with a
 folder of its own. A learning rate is chosen for each variant by the mean of the validation metric over the seeds;
 what is measured of forgetting takes no part in the choice.
+
+Where several processes have been started (torchrun), all of them make each run together, and the first one writes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from nanoadam.comparing import pool, tables
 from nanoadam.comparing.comparison import KEYS, Case, Comparison, Key, Variant, made, variants
 from nanoadam.comparing.tables import CHOICE, Outcome
 from nanoadam.finetuning import config as configs
-from nanoadam.finetuning import folders, optimizers
+from nanoadam.finetuning import folders, optimizers, processes
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
 
@@ -48,7 +50,8 @@ def run(
         comparison: what to compare.
         out: new or empty.
         progress: called when a run begins, and at the end.
-        jobs: how many runs at once, each in a process of its own and on one of the visible GPUs in turn.
+        jobs: how many runs at once, each in a process of its own and on one of the visible GPUs in turn; 1 where
+            several processes make each run together.
         keep: "best" keeps the model of the best run, "none" none.
 
     Returns:
@@ -60,14 +63,31 @@ def run(
         RunError: if another process is writing to `out`.
     """
     comparison = comparison.resolved()
+    _meet(comparison, jobs)
+    out, first = processes.shared(out), processes.first()  # its name may hold the time
     comparison = dataclasses.replace(comparison, config=finetune.with_task(comparison.config))
-    if out.exists():
+    if first and out.exists():
         folders.prepare_folder(out)
-    job = _prepared(comparison, jobs)
-    with folders.new_folder(out):
-        folders.write(out / "config.toml", comparison.to_toml())
-        folders.write(out / "manifest.json", json.dumps(job, indent=2) + "\n")
-        return _go(comparison, out, {**job, "keep": keep}, progress, jobs)
+    job = {**_prepared(comparison, jobs), "keep": keep}
+    with folders.new_folder(out) if first else contextlib.nullcontext():
+        if first:
+            folders.write(out / "config.toml", comparison.to_toml())
+            folders.write(out / "manifest.json", json.dumps(job, indent=2) + "\n")
+        return _go(comparison, out, job, progress, jobs)
+
+
+def _meet(comparison: Comparison, jobs: int) -> None:
+    """Meet the other processes, if there are any.
+
+    Raises:
+        ValueError: if each of them were to start several more.
+    """
+    if jobs > 1 and processes.count() > 1:
+        raise ValueError(
+            f"--jobs {jobs} is for one process, and {processes.count()} have been started, which make each run "
+            "together: leave out --jobs, or start compare by itself"
+        )
+    finetune.join(comparison.config)
 
 
 def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[str, Any]:
@@ -77,8 +97,9 @@ def resume(out: Path, progress: Progress | None = None, jobs: int = 1) -> dict[s
         ValueError: if `out` holds no comparison, or the data or the config of a finished run is not what it was.
         RunError: as in `run`.
     """
-    load(out)  # a folder of something else is left as it is
-    with folders.alone(out):
+    comparison, _ = load(out)  # a folder of something else is left as it is
+    _meet(comparison, jobs)
+    with folders.alone(out) if processes.first() else contextlib.nullcontext():
         return _resume(out, progress, jobs)
 
 
@@ -224,23 +245,26 @@ def _prepared(comparison: Comparison, jobs: int) -> dict[str, Any]:
 def _go(
     comparison: Comparison, out: Path, manifest: dict[str, Any], progress: Progress | None, jobs: int
 ) -> dict[str, Any]:
-    tell = progress or (lambda what, done, total: None)
-    done = finished(comparison, out)
+    tell, first = progress or (lambda what, done, total: None), processes.first()
+    done = processes.by_first(lambda: finished(comparison, out))
     cases = [case for case in comparison.cases() if case.key not in done]
     total = len(done) + len(cases)
-    known = {_key(line) for line in folders.read_lines(out / "metrics.jsonl")}
+    known = {_key(line) for line in folders.read_lines(out / "metrics.jsonl")} if first else set(done)
     for key, outcome in done.items():
         if key not in known:
             folders.append(out / "metrics.jsonl", outcome)
     tasks = [_Task(case, out / "runs" / case.name, manifest["metric"]["name"]) for case in cases]
     for _, outcome in pool.each(_one, tasks, jobs, _lost, lambda task: tell(str(task.case), len(done), total)):
-        folders.append(out / "metrics.jsonl", outcome)
+        if first:
+            folders.append(out / "metrics.jsonl", outcome)
         done[_key(outcome)] = outcome
     results = _results(comparison, manifest, done)
     if manifest.get("keep") == "best":
         tell("the best run again, to keep its model", total, total)
         results["kept"] = _keep_best(comparison, out, manifest, results)
     tell("done", total, total)
+    if not first:
+        return results
     manifest = {**manifest, "results": results}
     page = tables.page(f"compare: {comparison.config.task}", _lead(comparison), manifest)
     folders.write(out / "report.html", page)
@@ -264,11 +288,12 @@ def _keep_best(comparison: Comparison, out: Path, manifest: dict[str, Any], resu
     )
     case = next(case for case in comparison.cases() if case.key == _key(best))
     folder = out / "runs" / case.name
-    if not (folder / "model").is_dir():
+    if not processes.by_first((folder / "model").is_dir):
         again = _one(_Task(case, folder, manifest["metric"]["name"], keep=True))
         if again.get("metric") is None:
             raise ValueError(f"the best run, {case.name}, could not be made again: {again.get('stopped')}")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if processes.first():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return case.name
 
 
@@ -311,6 +336,10 @@ class _Task:
     keep: bool = False
 
 
+EVERYWHERE = (ValueError, ImportError, torch.OutOfMemoryError)
+"""What all processes that make a run together raise alike."""
+
+
 def _one(task: _Task) -> Outcome:
     """One run's line: its key, and its results or why it has none."""
     case, out = task.case, task.out
@@ -318,16 +347,21 @@ def _one(task: _Task) -> Outcome:
     gc.collect()  # the model of the run before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was not finished
+    if processes.first():
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was not finished
+    processes.wait()
     try:
         config = dataclasses.replace(case.config, save_model=True) if task.keep else case.config
         return _outcome(case, {**finetune.run(config, out), "metric": task.metric})
     except finetune.Diverged as error:
         return {**_outcome(case, None), "stopped": str(error)}
     except Exception as error:  # libraries raise what they like: the other runs are to go on
+        if processes.joined() and not isinstance(error, EVERYWHERE):
+            raise  # the others may be in the middle of the run: this process ends, and whoever started it ends them
         with contextlib.suppress(OSError):  # the disk may be full
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "error.txt").write_text(traceback.format_exc())
+            if processes.first():
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "error.txt").write_text(traceback.format_exc())
         reason = next(iter(str(error).strip().splitlines()), "")
         what = reason if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {reason}"
         return {**_outcome(case, None), "stopped": what, "failed": True}

@@ -79,7 +79,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, watch: Watc
             if another process is writing to `out`.
     """
     config = config.resolved()
-    _join(config)
+    join(config)
     out, first = processes.shared(out), processes.first()  # its name may hold the time
     if first and out.exists():
         folders.prepare_folder(out)
@@ -112,13 +112,17 @@ def resume(out: Path, progress: Progress | None = None, keys: dict[str, Any] | N
     """
     if not (out / "config.toml").is_file():
         raise ValueError(f"{out} is no run folder: it holds no config.toml")
-    _join(Config(**configs.read(out / "config.toml")))
+    join(Config(**configs.read(out / "config.toml")))
     with folders.alone(out) if processes.first() else contextlib.nullcontext():
         return _resume(out, progress, keys or {})
 
 
-def _join(config: Config) -> None:
-    """Meet the other processes of this run, if there are any."""
+def join(config: Config) -> None:
+    """Meet the other processes of this run, if there are any.
+
+    Raises:
+        ValueError: for what several processes cannot do.
+    """
     processes.join(config.device == "cpu")
     shards.check(config)
     if processes.count() > 1 and optimizers.options(config).get("release"):
