@@ -165,11 +165,9 @@ def load(out: Path) -> tuple[Comparison, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    run = path.parent.parent.name == "runs"
+    remedy = f"remove {path.parent}, and --resume does without it" if run else "begin anew with --out"
+    return folders.read_manifest(path, remedy)
 
 
 def finished(comparison: Comparison, out: Path) -> dict[Key, Outcome]:
