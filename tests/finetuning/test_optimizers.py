@@ -257,6 +257,8 @@ def test_an_optimizer_is_tried_on_weights_of_the_dtype_that_it_will_have(monkeyp
         ({"optimizer_options": "sgd.momentum=high"}, ["sgd.momentum must be a number, got 'high'"]),
         ({"optimizer_options": "adamw.fused=true"}, ["adamw has no option 'fused': it has no options"]),
         ({"optimizer_options": "nanoadam.density=0.1"}, ["--density"]),
+        ({"optimizer_options": "galore.rank=64"}, ["has galore.rank", "the optimizer is nanoadam", "optimizer galore"]),
+        ({"optimizer": "lora", "optimizer_options": "rslora.rank=4"}, ["has rslora.rank, and the optimizer is lora"]),
         ({"optimizer": "microadam", "optimizer_options": "microadam.density=2"}, ["density", "2"]),
         ({"head_learning_rate": -1}, ["head_learning_rate must be at least 0, got -1"]),
         ({"optimizer": "flashadamw"}, ["flashadamw trains on CUDA devices only"]),

@@ -59,6 +59,7 @@ def run(
         ValueError, ImportError: for whatever the job can get wrong, before the first run.
         RunError: if another process is writing to `out`.
     """
+    comparison.refuse_idle()
     comparison = comparison.resolved()
     comparison = dataclasses.replace(comparison, config=finetune.with_task(comparison.config))
     if out.exists():

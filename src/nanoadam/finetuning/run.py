@@ -92,6 +92,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, watch: Watc
             if another process is writing to `out`.
     """
     config = config.resolved()
+    optimizers.refuse_idle(config.optimizer_options, [config.optimizer])
     _join(config)
     out, first = processes.shared(out), processes.first()  # its name may hold the time
     if first and out.exists():
@@ -173,7 +174,9 @@ def ensure(config: Config, out: Path) -> dict[str, Any]:
 def differences(asked: Config, written: Config) -> list[str]:
     """Keys in which a run is not as asked; what was not given then was found and written."""
     values = ((key, getattr(asked, key), getattr(written, key)) for key in configs.FIELDS)
-    return [key for key, a, b in values if a != b and not (a is None and key in configs.FOUND)]
+    found = [key for key, a, b in values if a != b and not (a is None and key in configs.FOUND)]
+    same = "optimizer" not in found and optimizers.options(asked) == optimizers.options(written)
+    return [key for key in found if key != "optimizer_options" or not same]  # those of other methods do nothing
 
 
 def _begun(out: Path) -> dict[str, Any]:
