@@ -43,6 +43,8 @@ def beginning(job: Job) -> list[str]:
         f"Note: {name!r} is learned as a class; if it says that a row has no label, remove such rows"
         for name in about.get("unlabelled", ())
     ]
+    if "comma" in about:
+        lines.append(f"Note: {_comma(about)}")
     if "tokens" in about:
         lines.append(f"Length: {about['tokens']['median']} tokens in the middle, {about['tokens']['most']} at most; "
                      f"the model takes {about['most_tokens']}")  # fmt: skip
@@ -75,6 +77,18 @@ def _read(job: Job) -> str:
     texts = about["text"]
     return (
         f"{' and '.join(texts)} as {'a pair of texts' if len(texts) > 1 else 'the text'}, {about['label']} as the label"
+    )
+
+
+def _comma(about: dict[str, Any]) -> str:
+    if "numbers" in about:
+        return (
+            f"the comma in {about['comma']!r} is read as a decimal one; if it parts several labels, use --task "
+            "multi-label-classification"
+        )
+    return (
+        f"{about['comma']!r} is learned as a class; if the labels are numbers, write them with points and use --task "
+        "text-regression, and if the comma parts several labels, --task multi-label-classification"
     )
 
 
