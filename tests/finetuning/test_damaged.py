@@ -194,3 +194,24 @@ def test_a_comparison_names_the_damaged_manifest_of_a_run(tmp_path: Path, capsys
             assert f"{path} is damaged" in error and way in error
         path.write_text(whole)
     assert json.loads((out / "manifest.json").read_text())["results"]
+
+
+def test_lost_metrics_of_a_run_whose_steps_are_done_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(lines: list[dict[str, object]]) -> None:
+        raise KeyboardInterrupt
+
+    rows = tiny.jsonl(tmp_path / "train.jsonl", tiny.sentences(12))
+    job = Config(model=str(tiny.bert_folder(tmp_path / "bert")), train=str(rows), max_steps=1, device="cpu",
+                 learning_rate=1e-3)  # fmt: skip
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "_memory", stop)
+        finetune.run(job, run)
+    lines = (run / "metrics.jsonl").read_bytes()
+    for lost in (b"", bytes(len(lines))):
+        (run / "metrics.jsonl").write_bytes(lost)
+        assert str(run / "checkpoints" / "checkpoint-1") in refused(run, run / "metrics.jsonl", capsys)
+    (run / "metrics.jsonl").write_bytes(lines)
+    assert cli.main(["finetune", "--resume", str(run)]) == 0

@@ -212,6 +212,12 @@ def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[
                 raise ValueError(
                     f"the {split} data is not what it was when {out} began: a resumed run would be neither"
                 )
+        ended = checkpoint is not None and checkpoints.step_of(checkpoint) >= job.plan.total_steps
+        if ended and not any(line.get("event") == "train" for line in folders.read_lines(out / "metrics.jsonl")):
+            raise ValueError(
+                f"{out / 'metrics.jsonl'} has no line of training that can be read, and all steps are done: the "
+                f"weights are in {checkpoint}; for a report begin anew with --out"
+            )
         if processes.first():
             folders.write(out / "config.toml", job.config.to_toml())
         about = outcome.beginning(job)
