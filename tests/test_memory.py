@@ -71,7 +71,7 @@ def test_table_shows_the_papers_numbers() -> None:
 
 def test_a_bare_count_leaves_out_what_needs_shapes() -> None:
     methods = [row.method for row in memory.table(params=1000)]
-    assert not any(method.startswith(("LoRA", "GaLore")) for method in methods)
+    assert not any(method.startswith(("LoRA", "GaLore", "Adafactor")) for method in methods)
     assert any(row.method.startswith("LoRA") for row in memory.table(model=llama()))
 
 
@@ -181,6 +181,18 @@ def test_lora_matches_peft() -> None:
     assert row.gradients == sum(p.numel() * p.element_size() for p in trained)
     assert row.state == 2 * row.gradients
     assert row.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adafactor_matches_torch(dtype: torch.dtype) -> None:
+    model = llama().to(dtype)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    held = sum(t.nbytes for s in optimizer.state.values() for name, t in s.items() if name != "step")
+    assert memory.estimate("adafactor", model=model).state == held
+    with pytest.raises(ValueError, match="Adafactor has a state for each row and column.*pass model="):
+        memory.estimate("adafactor", params=1000)
 
 
 def test_galore_keeps_a_projector_and_two_low_rank_moments() -> None:

@@ -163,6 +163,19 @@ def _galore(case: _Case) -> Estimate:
     return case.estimate(f"GaLore, r={rank}", f"{size} r (short + 2 long)", size * state)
 
 
+def _adafactor(case: _Case) -> Estimate:
+    """As torch keeps it: a second moment for each row and column of a matrix, one for each weight of a vector."""
+    if any(tensor.counted for tensor in case.tensors):
+        raise ValueError(
+            "Adafactor has a state for each row and column, which a number of weights has not: pass model="
+        )
+    state = sum(
+        tensor.bytes if len(tensor.shape) < 2 else tensor.bytes // tensor.shape[-1] + tensor.bytes // tensor.shape[-2]
+        for tensor in case.trained
+    )
+    return case.estimate("Adafactor", "rows + columns", state)
+
+
 def _lora(case: _Case) -> Estimate:
     """Adapters on all linear layers but the head, float32 as PEFT makes them by default; the base is frozen."""
     rank, size = case.rank or 32, case.state_bytes or 4
@@ -177,6 +190,7 @@ METHODS: dict[str, Callable[[_Case], Estimate]] = {
     "sgd": _sgd,
     "microadam": _microadam,
     "galore": _galore,
+    "adafactor": _adafactor,
     "lora": _lora,
     "nanoadam": _nanoadam,
 }
@@ -227,8 +241,8 @@ def estimate(
 
     Raises:
         ValueError: for an unknown method, granularity or dtype, a density outside (0, 1], a count that is not positive,
-            both or neither of `params` and `model`, a model whose config cannot be read, or LoRA or GaLore without
-            the shapes of linear layers.
+            both or neither of `params` and `model`, a model whose config cannot be read, or LoRA, GaLore or Adafactor
+            without shapes.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -293,9 +307,9 @@ def table(
 ) -> list[Estimate]:
     """Every method on the same model, largest state first as in appendix G.
 
-    LoRA, GaLore and NanoAdam by columns are left out where the shapes of linear layers are not known. Takes the
-    arguments of `estimate` that do not belong to one method (`window`, `weight_dtype`, `grad_dtype`), and raises what
-    it raises. With a `granularity` NanoAdam has that one only.
+    LoRA, GaLore, Adafactor and NanoAdam by columns are left out where the shapes of linear layers are not known. Takes
+    the arguments of `estimate` that do not belong to one method (`window`, `weight_dtype`, `grad_dtype`), and raises
+    what it raises. With a `granularity` NanoAdam has that one only.
     """
     if isinstance(model, (str, PathLike)):
         model = from_config(model)  # once, not once per method
@@ -314,13 +328,14 @@ def table(
 
 
 GRANULARITIES = ("weight", "column")
-_NEED_LINEAR = ("galore", "lora")
+_NEED_LINEAR = ("galore", "adafactor", "lora")
 _TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("adamw", {"state_dtype": "float32"}),
     ("adamw", {}),
     ("adamw8bit", {}),
     ("microadam", {}),
     ("galore", {}),
+    ("adafactor", {}),
     ("lora", {}),
     ("sgd", {}),
     ("nanoadam", {}),

@@ -80,6 +80,10 @@ def test_the_layers_made_from_shapes_get_the_groups_that_the_table_says(name: st
         (["--shapes", "bert-bse"], ["'bert-bse'", "'bert-base'?"]),
         (["--shapes", "tiny", "--optimizers", "adamv"], ["optimizer 'adamv' is unknown", "'adamw'?"]),
         (["--shapes", "tiny", "--optimizer-options", "galore.rnk=1"], ["galore has no option 'rnk'"]),
+        (
+            ["--shapes", "tiny", "--optimizers", "adamw,sgd", "--optimizer-options", "galore.rank=1"],
+            ["has galore.rank, and the optimizers are adamw, sgd: leave it out, or add galore to them"],
+        ),
         (["--shapes", "tiny", "--dtype", "int8"], ["dtype 'int8' is unknown"]),
         (["--shapes", "tiny", "--density", "2", "--optimizers", "nanoadam"], ["density must be in (0, 1]", "got 2.0"]),
         (["--shapes", "tiny", "--repeats", "0"], ["repeats must be at least 1, got 0"]),

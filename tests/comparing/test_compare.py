@@ -403,6 +403,14 @@ def test_the_selection_of_a_static_mask_is_made_once(job: dict[str, object], tmp
         ("[compare.variants.a]\noptimizer = 'sdg'", ["optimizer 'sdg' is unknown"]),
         ("[compare.variants.a]\nlearning_rates = 'all'", ["learning_rates of a must be a list of numbers"]),
         ("[compare.variants.a]\nlearning_rates = []", ["learning_rates of a must be a list of numbers"]),
+        (
+            "optimizer_options = ['galore.rank=4']\n[compare.variants.a]\noptimizer = 'sgd'\n[compare.variants.adamw]",
+            ["has galore.rank, and the optimizers are sgd, adamw: leave it out, or add galore to them"],
+        ),
+        (
+            "[compare.variants.a]\noptimizer = 'sgd'\noptimizer_options = ['microadam.window=4']",
+            ["variant a: optimizer_options has microadam.window, and the optimizer is sgd: leave it out"],
+        ),
         ("[compare.variants.'a/b']", ["the variant 'a/b' needs a name of letters"]),
         ("[compare]\nvariants = 3", ["variants must be sections like [compare.variants.NAME]"]),
         ("[compare]\noptimizers = ['sgd']\n[compare.variants.a]", ["give either optimizers or variants"]),
@@ -431,6 +439,10 @@ def test_a_bad_variant_is_one_sentence(
         ({"learning_rates": "1e-3,fast"}, ["--learning-rates must be numbers"]),
         ({"learning_rates": "nanadam=1e-3"}, ["a grid for 'nanadam', which is no variant", "'nanoadam'?"]),
         ({"learning_rates": "adamw=1e-3,0.001"}, ["learning_rates of adamw holds something twice"]),
+        (
+            {"optimizers": "adamw", "optimizer_options": "sgd.momentum=0.5"},
+            ["sgd.momentum, and the optimizer is adamw"],
+        ),
         ({"optimizers": ""}, ["optimizer '' is unknown. Known: nanoadam"]),
         ({"optimizers": "adamw,adamw"}, ["optimizers holds something twice"]),
         ({"seeds": "1,1"}, ["seeds holds something twice"]),
@@ -452,6 +464,16 @@ def test_bad_input_is_one_sentence(
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
     assert not (tmp_path / "run").exists()
+
+
+def test_each_run_gets_the_options_of_its_own_optimizer(job: dict[str, object]) -> None:
+    config = Config(
+        model="-", train="-", optimizer_options=("sgd.momentum=0.5", "microadam.window=4", "sgd.momentum=0.6")
+    )
+    comparison = compare.Comparison(config, compare.variants(["sgd", "microadam", "adamw"], [1e-3]), seeds=(0,))
+    comparison.refuse_idle()
+    given = {case.variant: case.config.optimizer_options for case in comparison.cases()}
+    assert given == {"sgd": ("sgd.momentum=0.5", "sgd.momentum=0.6"), "microadam": ("microadam.window=4",), "adamw": ()}
 
 
 def test_a_full_disk_is_one_sentence_and_what_is_finished_is_kept(

@@ -22,6 +22,7 @@ from nanoadam.comparing import compare
 from nanoadam.finetuning import config, optimizers
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
+from nanoadam.text import size
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -33,6 +34,17 @@ OPTIONS = {
     "shira": ("shira.rank=2",),
     "oft": ("oft.block_size=16",),
 }
+
+
+EXACT = ("adamw", "sgd", "adafactor", "galore", *ADAPTERS)
+"""Whose bytes the formulas give to the last one, but for the step that torch keeps of each tensor, and buffers."""
+
+POSITIONS, SCALARS = 512, 50
+"""Bytes of the model's own buffers, and at least as many steps as there are tensors."""
+
+
+def bytes_of(results: dict[str, object]) -> dict[str, int]:
+    return {kind: results["memory"][kind] for kind in ("weights", "gradients", "state")}
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +84,42 @@ def test_every_method_finetunes_a_whole_model(name: str, job: dict[str, object],
     moved = [key for key, value in before.items() if not torch.equal(value, after[f"bert.{key}"])]
     assert "encoder.layer.0.intermediate.dense.weight" in moved
     assert ("embeddings.word_embeddings.weight" in moved) == (name not in ADAPTERS)
+    assert (name in EXACT) <= ("own" in manifest["expected"])
+    if name in EXACT:
+        counted, said = bytes_of(results), manifest["expected"]["own"]
+        assert counted["weights"] - said["weights"] == POSITIONS
+        assert counted["gradients"] == said["gradients"]
+        assert 0 <= counted["state"] - said["state"] <= 4 * SCALARS
+
+
+@pytest.mark.parametrize("name", ["lora", "adafactor"])
+def test_the_first_lines_say_what_a_method_takes_in_bfloat16(name: str, job: dict[str, object], tmp_path: Path) -> None:
+    """Adapters are float32 beside bfloat16 weights and a bfloat16 head; AdamW's figure is that of the model alone."""
+    needs(name)
+    said: list[str] = []
+    given = Config(**{**job, "dtype": "bfloat16", "save_model": False}, optimizer=name,
+                   optimizer_options=OPTIONS.get(name, ()))  # fmt: skip
+    results = finetune.run(given, tmp_path / "run", lambda line: said.extend(line.get("about", ())))
+    expected = json.loads((tmp_path / "run" / "manifest.json").read_text())["expected"]
+    assert 0 <= sum(bytes_of(results).values()) - sum(expected["own"].values()) - POSITIONS <= 4 * SCALARS
+    plain = tiny.bert()
+    assert sum(expected["adamw"].values()) == 4 * 2 * sum(p.numel() for p in plain.parameters())
+    own, adamw = (size(sum(expected[who].values())) for who in ("own", "adamw"))
+    line = f"Memory: {own} for weights, gradients and state, where AdamW's take {adamw} (by formula, without"
+    assert any(text.startswith(line) for text in said), said
 
 
 def test_adapters_can_be_trained_by_nanoadam(job: dict[str, object], tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    own = ("lora.rank=4", "lora.alpha=8", "lora.trainer=nanoadam", "galore.rank=2")  # galore's are not for it
+    own = ("lora.rank=4", "lora.alpha=8", "lora.trainer=nanoadam")
     results = finetune.run(Config(**job, optimizer="lora", optimizer_options=own, max_grad_norm=1.0), tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["optimizer"]["options"] == {"trainer": "nanoadam", "rank": 4, "alpha": 8}
     assert "Algorithm 1" in manifest["pseudocode"]
     assert results["touched"] > 0
+    counted, said = results["memory"], manifest["expected"]["own"]
+    assert (counted["weights"] - said["weights"], counted["gradients"] <= said["gradients"]) == (POSITIONS, True)
+    assert 0 <= counted["state"] - said["state"] <= 4 * SCALARS
 
 
 @pytest.mark.parametrize(
@@ -257,6 +295,8 @@ def test_an_optimizer_is_tried_on_weights_of_the_dtype_that_it_will_have(monkeyp
         ({"optimizer_options": "sgd.momentum=high"}, ["sgd.momentum must be a number, got 'high'"]),
         ({"optimizer_options": "adamw.fused=true"}, ["adamw has no option 'fused': it has no options"]),
         ({"optimizer_options": "nanoadam.density=0.1"}, ["--density"]),
+        ({"optimizer_options": "galore.rank=64"}, ["has galore.rank", "the optimizer is nanoadam", "optimizer galore"]),
+        ({"optimizer": "lora", "optimizer_options": "rslora.rank=4"}, ["has rslora.rank, and the optimizer is lora"]),
         ({"optimizer": "microadam", "optimizer_options": "microadam.density=2"}, ["density", "2"]),
         ({"head_learning_rate": -1}, ["head_learning_rate must be at least 0, got -1"]),
         ({"optimizer": "flashadamw"}, ["flashadamw trains on CUDA devices only"]),

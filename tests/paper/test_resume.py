@@ -191,6 +191,27 @@ def test_a_config_in_an_experiment_that_was_changed_is_refused(
     assert content(out) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "runs", "optimizers"),
+    [
+        ("gsm8k", "llama-2-7b/{}-0", {"microadam", "nanoadam"}),
+        ("forgetting", "resnet-18/{}-0/task1", {"adamw", "nanoadam"}),
+    ],
+)
+def test_each_variant_is_trained_by_the_optimizer_of_its_name(
+    name: str, runs: str, optimizers: set[str], whole: Callable[[str], Path]
+) -> None:
+    out = whole(name)
+    assert {row["variant"] for row in manifest(out)["results"]["rows"]} == optimizers
+    for optimizer in optimizers:
+        assert manifest(out / runs.format(optimizer))["settings"]["optimizer"] == optimizer
+    for each in ("commonsense", "forgetting", "glue", "gsm8k", "learning-rate"):
+        chosen = recipe.load(each)
+        for model in chosen.table("models"):
+            for variant, own in experiments.variants(chosen, model, "").items():
+                assert own["optimizer"] in variant  # "lora-nanoadam" has lora
+
+
 def test_the_model_of_a_finished_run_is_not_kept(whole: Callable[[str], Path], tmp_path: Path) -> None:
     """Nor that of one whose process was killed between its line and this."""
     out = shutil.copytree(whole("gsm8k"), tmp_path / "run")

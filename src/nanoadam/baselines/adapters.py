@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nanoadam.groups import param_groups
 
@@ -153,6 +153,11 @@ def pretrained(model: nn.Module) -> dict[str, nn.Parameter]:
             plain = name.removeprefix("base_model.model.")
             found[plain.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
     return found
+
+
+def of_adapters(model: nn.Module) -> list[Tensor]:
+    """The buffers that adapters have brought: OFT's positions in its blocks."""
+    return [buffer for name, buffer in model.named_buffers() if any(part in name for part in _PARTS)]
 
 
 def merged(model: nn.Module) -> Any:

@@ -73,7 +73,7 @@ class Settings:
         for name in self.optimizers:
             optimizers.method(name)
             self.config(name)
-        optimizers.parse(self.optimizer_options)
+        optimizers.refuse_idle(self.optimizer_options, self.optimizers)
 
     def config(self, name: str) -> Config:
         """What `finetune` would be told to use this optimizer."""

@@ -62,6 +62,7 @@ def run(
         ValueError, ImportError: for whatever the job can get wrong, before the first run.
         RunError: if another process is writing to `out`.
     """
+    comparison.refuse_idle()
     comparison = comparison.resolved()
     _meet(comparison, jobs)
     out, first = processes.shared(out), processes.first()  # its name may hold the time
@@ -186,11 +187,9 @@ def load(out: Path) -> tuple[Comparison, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    run = path.parent.parent.name == "runs"
+    remedy = f"remove {path.parent}, and --resume does without it" if run else "begin anew with --out"
+    return folders.read_manifest(path, remedy)
 
 
 def finished(comparison: Comparison, out: Path) -> dict[Key, Outcome]:

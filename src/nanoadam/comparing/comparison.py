@@ -101,7 +101,23 @@ class Comparison:
         keys = {**variant.overrides, "learning_rate": learning_rate, "seed": seed}
         if "density" in keys:  # a constant one, unless the variant says where it ends
             keys.setdefault("density_end", None)
-        return dataclasses.replace(self.config, **keys)
+        config = dataclasses.replace(self.config, **keys)
+        own = tuple(text for text in config.optimizer_options if config.optimizer in optimizers.parse([text]))
+        return dataclasses.replace(config, optimizer_options=own)
+
+    def refuse_idle(self) -> None:
+        """Refuse options of optimizers that are not compared.
+
+        Raises:
+            ValueError: names the option.
+        """
+        used = [variant.overrides.get("optimizer", self.config.optimizer) for variant in self.variants]
+        optimizers.refuse_idle(self.config.optimizer_options, used)
+        for variant, name in zip(self.variants, used, strict=True):
+            try:
+                optimizers.refuse_idle(variant.overrides.get("optimizer_options", ()), [name])
+            except ValueError as error:
+                raise ValueError(f"variant {variant.name}: {error}") from error
 
     def resolved(self) -> Comparison:
         """With whole paths, so that it can be gone on with from anywhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,8 @@ def _by_label(rows: Dataset, label: str, names: set[str]) -> str:
     feature = rows.features[label]
     if _is_list(feature):
         return "token-classification" if names & set(TOKENS) else "multi-label-classification"
-    if _is_string(feature) or (isinstance(feature, Value) and feature.dtype.startswith(("float", "double"))):
+    fractions = ("float", "double", "decimal")
+    if _is_string(feature) or (isinstance(feature, Value) and feature.dtype.startswith(fractions)):
         values = [v for v in rows[: min(len(rows), 5_000)][label] if v not in (None, "")]
         return "text-regression" if _measured(values) else "text-classification"
     return "text-classification"
@@ -120,11 +122,37 @@ def _by_label(rows: Dataset, label: str, names: set[str]) -> str:
 
 def _measured(values: Sequence[Any]) -> bool:
     """Whether all are numbers, as tables hold them in text, and not all of them whole."""
+    comma = decimal_comma(values)
     try:
-        numbers = [float(value) for value in values]
+        numbers = [number_of(value, comma) for value in values]
     except ValueError:
         return False
     return any(math.isfinite(number) and not number.is_integer() for number in numbers)
+
+
+_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
+_POINT = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+
+
+def has_comma(value: Any) -> bool:
+    """Whether it is text of two numbers with a comma between, like 4,5 or 1,000."""
+    return isinstance(value, str) and _COMMA.fullmatch(value.strip()) is not None
+
+
+def decimal_comma(values: Sequence[Any]) -> bool:
+    """Whether the comma in numbers is a decimal one: it does not always part thousands, and none has a point."""
+    decimal = any(has_comma(value) and not _THOUSANDS.fullmatch(value.strip()) for value in values)
+    return decimal and not any(isinstance(value, str) and _POINT.fullmatch(value.strip()) for value in values)
+
+
+def number_of(value: Any, comma: bool) -> float:
+    """A number, from what a row has; in text with a point, or with a comma where that is a decimal one.
+
+    Raises:
+        ValueError, TypeError, OverflowError: as `float`.
+    """
+    return float(value.replace(",", ".") if comma and has_comma(value) else value)
 
 
 def _is_list(feature: Any) -> bool:

@@ -308,3 +308,20 @@ def read(path: Path, more: dict[str, tuple[str, ...]] | None = None) -> dict[str
         if key not in keys:
             raise ValueError(f"{path}: there is no key {key!r}{nearest(key, keys)}")
     return found
+
+
+def of_run(out: Path, own: Mapping[str, Any] | None = None) -> Config:
+    """The config of a run folder, with some keys as they are given here.
+
+    Raises:
+        ValueError: names the file, and where the values are that the run began with.
+    """
+    path = out / "config.toml"
+    try:
+        return Config(**{**read(path), **(own or {})})
+    except ValueError as error:
+        named = "" if str(path) in str(error) else f"{path}: "
+        raise ValueError(
+            f"{named}{error}; the values that the run began with stand in {out / 'manifest.json'} under settings: set "
+            "them back, or begin anew with --out"
+        ) from error

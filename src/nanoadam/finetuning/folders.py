@@ -199,12 +199,29 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last one that was cut off is left out."""
+    """The lines of a JSONL file; one that was cut off or damaged is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
+
+
+def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
+    """A manifest.
+
+    Raises:
+        ValueError: if it is not what a run writes; ends with the remedy.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        why = "" if isinstance(content, dict) else "it holds no JSON object"
+    except (ValueError, RecursionError) as error:
+        why = str(error)
+    if why:
+        raise ValueError(f"{path} is damaged ({why}): {remedy}")
+    found: dict[str, Any] = content
+    return found
 
 
 def finished(path: Path, names: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:

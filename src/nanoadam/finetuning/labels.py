@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from datasets import ClassLabel
@@ -33,8 +34,8 @@ def label_names(train: Split, column: str) -> list[str]:
             several = "--task multi-label-classification for several labels a row, or " * isinstance(value, list)
             raise ValueError(f"{train.where(index)} has {_shown(value)} in {column!r}, which is no class: use "
                              f"{several}another column with --label-column")  # fmt: skip
-        if isinstance(value, float) and not value.is_integer():
-            raise ValueError(f"{train.where(index)} has {column!r} {value!r}: for numbers use --task text-regression")
+        if isinstance(value, (float, Decimal)) and not _whole(value):
+            raise ValueError(f"{train.where(index)} has {column!r} {value}: for numbers use --task text-regression")
     names = sorted({class_of(value) for value in values}, key=_order)
     if len(names) < 2:
         raise ValueError(f"{train.name} has one class only in column {column!r}: {names[0]!r}")
@@ -58,7 +59,11 @@ def _shown(value: Any) -> str:
 
 def class_of(value: Any) -> str:
     """The name of a class, from what a row has: whole numbers without a point, text as it is."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, (float, Decimal)) and _whole(value) else str(value)
+
+
+def _whole(value: float | Decimal) -> bool:
+    return math.isfinite(value) and value == int(value)
 
 
 def class_ids(split: Split, column: str, names: Sequence[str]) -> list[int]:
@@ -102,6 +107,11 @@ def unlabelled(names: Sequence[str]) -> list[str]:
 
 
 _NO_LABEL = ("-", "?", "nan", "none", "null", "n/a", "na", "unknown", "unlabeled", "unlabelled")
+
+
+def commas(names: Sequence[str]) -> str | None:
+    """A class that looks like a number with a comma, if there is one."""
+    return next((name for name in names if columns.has_comma(name)), None)
 
 
 def sets_of_names(train: Split, column: str) -> list[str]:
@@ -156,16 +166,26 @@ def class_sets(split: Split, column: str, names: Sequence[str]) -> list[list[flo
     return rows
 
 
-def numbers(split: Split, column: str) -> list[float]:
+def numbers(split: Split, column: str, comma: bool = False) -> list[float]:
     """Each row's target.
 
+    Args:
+        split: the rows.
+        column: which of their columns.
+        comma: whether numbers in text have a decimal comma.
+
     Raises:
-        ValueError: for what is no finite number.
+        ValueError: for what is no finite number, or may be two.
     """
     found = []
     for index, value in enumerate(split.rows[column]):
+        if not comma and columns.has_comma(value):
+            raise ValueError(
+                f"{split.where(index)} has {_shown(value)} in {column!r}, whose comma may be a decimal one or not: "
+                "write all numbers without a comma, and with a point for decimals"
+            )
         try:
-            target = float(value)
+            target = columns.number_of(value, comma)
         except (TypeError, ValueError, OverflowError):
             target = math.nan
         if not math.isfinite(target):

@@ -234,6 +234,25 @@ def parse(texts: Iterable[str]) -> dict[str, Options]:
     return found
 
 
+def refuse_idle(texts: Iterable[str], used: Iterable[str]) -> None:
+    """Refuse options of a method that is not run: they would change nothing, without a word.
+
+    Args:
+        texts: as `parse` takes them.
+        used: the methods that are run.
+
+    Raises:
+        ValueError: names the option and what is run.
+    """
+    names = list(dict.fromkeys(used))
+    for name, own in parse(texts).items():
+        if name not in names:
+            one = len(names) == 1
+            run = f"the optimizer is {names[0]}" if one else f"the optimizers are {', '.join(names)}"
+            way = f"take --optimizer {name}" if one else f"add {name} to them"
+            raise ValueError(f"optimizer_options has {name}.{next(iter(own))}, and {run}: leave it out, or {way}")
+
+
 def _known(chosen: baselines.Baseline) -> dict[str, tuple[type, ...]]:
     """What its options are called, and the types of values they take."""
     functions: list[Callable[..., Any]] = [chosen.build]

@@ -7,6 +7,7 @@ from typing import Any
 
 from nanoadam import memory as costs
 from nanoadam import param_groups
+from nanoadam.baselines.adapters import of_adapters, pretrained
 from nanoadam.finetuning import optimizers, processes
 from nanoadam.finetuning.config import ADAPTERS
 from nanoadam.finetuning.job import Job
@@ -43,6 +44,8 @@ def beginning(job: Job) -> list[str]:
         f"Note: {name!r} is learned as a class; if it says that a row has no label, remove such rows"
         for name in about.get("unlabelled", ())
     ]
+    if "comma" in about:
+        lines.append(f"Note: {_comma(about)}")
     if "tokens" in about:
         lines.append(f"Length: {about['tokens']['median']} tokens in the middle, {about['tokens']['most']} at most; "
                      f"the model takes {about['most_tokens']}")  # fmt: skip
@@ -78,6 +81,18 @@ def _read(job: Job) -> str:
     )
 
 
+def _comma(about: dict[str, Any]) -> str:
+    if "numbers" in about:
+        return (
+            f"the comma in {about['comma']!r} is read as a decimal one; if it parts several labels, use --task "
+            "multi-label-classification"
+        )
+    return (
+        f"{about['comma']!r} is learned as a class; if the labels are numbers, write them with points and use --task "
+        "text-regression, and if the comma parts several labels, --task multi-label-classification"
+    )
+
+
 def _classes(counts: dict[str, int]) -> str:
     shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN])
     return shown + (f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else "")
@@ -108,26 +123,35 @@ def _optimizer(job: Job) -> str:
 
 
 def expected(job: Job) -> dict[str, dict[str, int]]:
-    """Bytes by kind, by formula, of this optimizer (`own`) and of AdamW; nothing where there is no formula."""
-    config = job.config
-    if config.optimizer not in costs.METHODS or config.optimizer in ADAPTERS:
-        return {}
+    """Bytes by kind, by formula, of this optimizer (`own`) and of AdamW on all weights; nothing without a formula."""
+    config, given = job.config, optimizers.options(job.config)
+    model: Any = job.task.model
+    adapted = config.optimizer in ADAPTERS
     own: dict[str, Any] = {}
-    if config.optimizer == "nanoadam":
+    if optimizers.by_nanoadam(config):
         own = {"density": max(share for share in config.densities if share is not None),
                "state_dtype": config.state_dtype, "grad_dtype": config.grad_dtype,
                "carried": config.moments == "carry", "granularity": config.granularity}  # fmt: skip
-    elif config.optimizer == "adamw":
-        own = {"state_dtype": config.dtype}
+    elif adapted or config.optimizer in ("adamw", "galore"):
+        own = {"state_dtype": config.dtype, "rank": given.get("rank") if config.optimizer == "galore" else None}
     elif config.optimizer == "sgd":
-        own = {"momentum": bool(config.beta1)}
-    model: Any = job.task.model
+        own = {"momentum": bool(given["momentum"])}
+    elif config.optimizer == "microadam":
+        own = {key: given[key] for key in ("density", "window") if key in given}
+    elif config.optimizer not in costs.METHODS:
+        return {}
+    name = config.optimizer if not adapted else "nanoadam" if optimizers.by_nanoadam(config) else "adamw"
+    whole = [(key, tuple(weight.shape)) for key, weight in pretrained(model).items()] if adapted else model
     try:
-        found = costs.estimate(config.optimizer, model=model, **own)
-        adamw = costs.estimate("adamw", model=model, state_dtype=config.dtype)
+        found = _kinds(costs.estimate(name, model=model, **own))
+        adamw = _kinds(costs.estimate("adamw", model=whole, state_dtype=config.dtype, weight_dtype=config.dtype))
     except ValueError:  # a model that the formulas do not cover
         return {}
-    return {"own": _kinds(found), "adamw": _kinds(adamw)}
+    if adapted:
+        found["weights"] += sum(buffer.nbytes for buffer in of_adapters(model))
+        if name == "adamw":  # moments as wide as what they are of: adapters are float32, whatever the head is
+            found["state"] = 2 * found["gradients"]
+    return {"own": found, "adamw": adamw}
 
 
 def _kinds(cost: costs.Estimate) -> dict[str, int]:

@@ -28,12 +28,25 @@ from transformers import TrainerCallback
 
 from nanoadam import delta
 from nanoadam.baselines.adapters import merged, pretrained
-from nanoadam.finetuning import card, folders, optimizers, outcome, patches, processes, rates, retain, shards, training
+from nanoadam.finetuning import (
+    card,
+    checkpoints,
+    folders,
+    optimizers,
+    outcome,
+    patches,
+    processes,
+    rates,
+    retain,
+    shards,
+    training,
+)
 from nanoadam.finetuning import config as configs
+from nanoadam.finetuning.checkpoints import last_checkpoint
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.folders import RunError
 from nanoadam.finetuning.job import Job, prepare, rows, with_task
-from nanoadam.finetuning.training import CURE, Diverged, Progress, last_checkpoint
+from nanoadam.finetuning.training import CURE, Diverged, Progress
 from nanoadam.reports import run as report
 
 __all__ = ["Diverged", "Job", "Progress", "RunError", "ensure", "last_checkpoint", "prepare", "quiet", "resume", "rows",
@@ -79,6 +92,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, watch: Watc
             if another process is writing to `out`.
     """
     config = config.resolved()
+    optimizers.refuse_idle(config.optimizer_options, [config.optimizer])
     join(config)
     out, first = processes.shared(out), processes.first()  # its name may hold the time
     if first and out.exists():
@@ -112,7 +126,7 @@ def resume(out: Path, progress: Progress | None = None, keys: dict[str, Any] | N
     """
     if not (out / "config.toml").is_file():
         raise ValueError(f"{out} is no run folder: it holds no config.toml")
-    join(Config(**configs.read(out / "config.toml")))
+    join(configs.of_run(out))
     with folders.alone(out) if processes.first() else contextlib.nullcontext():
         return _resume(out, progress, keys or {})
 
@@ -154,7 +168,7 @@ def ensure(config: Config, out: Path) -> dict[str, Any]:
         out: a folder of its own: what else is there, or a run of another config, is deleted.
     """
     begun = (out / "config.toml").is_file()
-    if not begun or differences(config.resolved(), Config(**configs.read(out / "config.toml"))):
+    if not begun or differences(config.resolved(), configs.of_run(out)):
         shutil.rmtree(out, ignore_errors=True)
         return run(config, out)
     results: dict[str, Any] | None = _begun(out).get("results")
@@ -164,28 +178,35 @@ def ensure(config: Config, out: Path) -> dict[str, Any]:
 def differences(asked: Config, written: Config) -> list[str]:
     """Keys in which a run is not as asked; what was not given then was found and written."""
     values = ((key, getattr(asked, key), getattr(written, key)) for key in configs.FIELDS)
-    return [key for key, a, b in values if a != b and not (a is None and key in configs.FOUND)]
+    found = [key for key, a, b in values if a != b and not (a is None and key in configs.FOUND)]
+    same = "optimizer" not in found and optimizers.options(asked) == optimizers.options(written)
+    return [key for key in found if key != "optimizer_options" or not same]  # those of other methods do nothing
 
 
 def _begun(out: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = {}
-    if (out / "manifest.json").is_file():
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    return manifest
+    path = out / "manifest.json"
+    if not path.is_file():
+        return {}
+    return folders.read_manifest(
+        path,
+        "remove it to go on by config.toml alone, without a look at whether that and the data are what they were, or "
+        "begin anew with --out",
+    )
 
 
 def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[str, Any]:
     manifest = _begun(out)
     if manifest.get("results"):
         raise ValueError(f"the run in {out} is finished: its results are in manifest.json, its model in model/")
-    written = Config(**configs.read(out / "config.toml"))
-    config = dataclasses.replace(written, **keys)
+    config = dataclasses.replace(configs.of_run(out), **keys)
     if config.learning_rate is None:
         raise ValueError(
             "a run that goes on tries no learning rates: give --learning-rate a number, or leave config.toml as it was"
         )
     checkpoint = last_checkpoint(out / "checkpoints")
     changed = _changed(out, config, manifest) if checkpoint is not None else {}
+    if checkpoint is not None:
+        checkpoints.check(checkpoint, out, config.best)
     processes.wait()  # all have read the folder before the first one writes to it
     with _threads(config.threads):
         job = prepare(config)
@@ -195,15 +216,21 @@ def _resume(out: Path, progress: Progress | None, keys: dict[str, Any]) -> dict[
                 raise ValueError(
                     f"the {split} data is not what it was when {out} began: a resumed run would be neither"
                 )
+        ended = checkpoint is not None and checkpoints.step_of(checkpoint) >= job.plan.total_steps
+        if ended and not any(line.get("event") == "train" for line in folders.read_lines(out / "metrics.jsonl")):
+            raise ValueError(
+                f"{out / 'metrics.jsonl'} has no line of training that can be read, and all steps are done: the "
+                f"weights are in {checkpoint}; for a report begin anew with --out"
+            )
         if processes.first():
             folders.write(out / "config.toml", job.config.to_toml())
         about = outcome.beginning(job)
         if changed:
-            about += [f"from step {training.step_of(checkpoint)} on: {key} {new}, was {old}" if checkpoint else ""
+            about += [f"from step {checkpoints.step_of(checkpoint)} on: {key} {new}, was {old}" if checkpoint else ""
                       for key, (old, new) in changed.items()]  # fmt: skip
         (progress or (lambda _: None))({"step": 0, "total": job.plan.total_steps, "about": about})
         log = [*manifest.get("changed", ()),
-               *({"step": training.step_of(checkpoint) if checkpoint else 0, "key": key, "was": old, "is": new}
+               *({"step": checkpoints.step_of(checkpoint) if checkpoint else 0, "key": key, "was": old, "is": new}
                  for key, (old, new) in changed.items())]  # fmt: skip
         more = {"learning_rate": manifest.get("learning_rate"), **({"changed": log} if log else {})}
         return _run(job, out, checkpoint, progress, None, more, changed)
@@ -333,7 +360,7 @@ def _train(job: Job, trainer: training.RunTrainer, checkpoint: Path | None) -> N
     if checkpoint is None:
         trainer.evaluate()
         trainer.train()
-    elif training.step_of(checkpoint) >= job.plan.total_steps:
+    elif checkpoints.step_of(checkpoint) >= job.plan.total_steps:
         trainer._load_from_checkpoint(str(checkpoint))  # killed after its last step: there is nothing left to train
         trainer.seen = None
     else:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from nanoadam.callback import TOUCHED, NanoAdamCallback, memory_by_kind, unwrap
-from nanoadam.finetuning import folders, optimizers, processes, shards
+from nanoadam.finetuning import checkpoints, folders, optimizers, processes, shards
+from nanoadam.finetuning.checkpoints import BEST, last_checkpoint, step_of
 from nanoadam.finetuning.folders import RunError
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.patches import PatchCheckpoints
@@ -27,9 +27,6 @@ from nanoadam.finetuning.sharing import SharedTrainer
 from nanoadam.text import duration
 
 CURE = "Try a lower learning rate, warm-up or max_grad_norm; --resume RUN --learning-rate 1e-5 goes on with another"
-
-BEST = "best.safetensors"
-"""The weights of the best evaluation so far, beside the checkpoints."""
 
 _CHECKPOINTING = next(  # its name changed within transformers 5
     name
@@ -43,17 +40,6 @@ Progress = Callable[[dict[str, Any]], None]
 
 class Diverged(RunError):
     """The loss or a weight is no longer finite."""
-
-
-def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint in a folder."""
-    last: Any = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
-    return None if last is None else Path(last)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is of."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def arguments_for(job: Job, folder: Path, total_steps: int, **options: Any) -> TrainingArguments:
@@ -259,6 +245,7 @@ class RunTrainer(PatchCheckpoints, SharedTrainer, Trainer):
                 watcher.touched.save(self._staging / final.name / TOUCHED)
             processes.wait()  # each has written its random state
             if processes.first():
+                checkpoints.seal(self._staging / final.name)
                 folders.publish(self._staging / final.name, final)
         except Exception as error:  # torch, safetensors and the system each have a kind of their own for a full disk
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -298,7 +285,7 @@ class Metrics(TrainerCallback):
         if not processes.first():
             return
         done = -1 if checkpoint is None else step_of(checkpoint)
-        kept = [line for line in folders.read_lines(path) if line["step"] <= done]
+        kept = [line for line in folders.read_lines(path) if "event" in line and line.get("step", math.inf) <= done]
         folders.write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -373,7 +360,9 @@ class Best(TrainerCallback):
         self._best = -math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that goes on knows what was best until then."""
+        """A run that goes on knows what was best until then, if it still has it."""
+        if not self._path.is_file():
+            return
         for entry in state.log_history:
             if f"eval_{self._metric}" in entry:
                 self._best = max(self._best, self._sign * entry[f"eval_{self._metric}"])
@@ -384,12 +373,8 @@ class Best(TrainerCallback):
         if state.global_step and merit > self._best:
             self._best = merit
             found = _trained(kwargs["model"])
-            if not processes.first():
-                return
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(".partial")
-            save_file(found, str(temporary), {"step": str(state.global_step)})
-            temporary.replace(self._path)
+            if processes.first():
+                checkpoints.save_best(self._path, found, state.global_step)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -406,7 +391,7 @@ def put_best(model: nn.Module, folder: Path) -> bool:
     if not path.is_file():
         return False
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, value in load_file(path).items():
+    for name, value in checkpoints.read_best(path).items():
         shards.put(now[name], value)
     return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from nanoadam.finetuning import config as configs
-from nanoadam.finetuning import data, labels, models, optimizers, tasks, training
+from nanoadam.finetuning import data, folders, labels, models, optimizers, tasks, training
 from nanoadam.finetuning.columns import MESSAGES
 from nanoadam.finetuning.config import Config
 from nanoadam.finetuning.files import Reading
@@ -33,18 +32,18 @@ def load(run: Path) -> tuple[Config, dict[str, Any]]:
     manifest_path = run / "manifest.json"
     if not (run / "config.toml").is_file() or not manifest_path.is_file():
         raise ValueError(f"{run} is no run folder: it holds no config.toml with a manifest.json")
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    manifest = folders.read_manifest(
+        manifest_path, f"what the run learned from stands there; {run / 'model'} can be used without it"
+    )
     if not (run / "model").is_dir():
         why = "it was run with --no-save-model" if manifest.get("results") else "the run is not finished"
         if (run / "delta").is_dir():
             base = manifest["settings"]["model"]
             why = f"its patch makes one: nanoadam delta apply {base} {run / 'delta'} {run / 'model'}"
         raise ValueError(f"{run} holds no model/: {why}")
-    written = configs.read(run / "config.toml")
     own = {"model": str(run / "model"), "tokenizer": None, "revision": None, "new_head": False, "retain": (),
            "init_from_config": False, "optimizer": "adamw", "optimizer_options": ()}  # fmt: skip
-    config = Config(**{**written, **own})
-    return config, manifest
+    return configs.of_run(run, own), manifest
 
 
 def evaluate(run: Path, name: str, batch_size: int = 32) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nanoadam.baselines import BASELINES
 from nanoadam.comparing import compare
 from nanoadam.finetuning import arrays, folders, models
 from nanoadam.finetuning import run as finetune
@@ -158,13 +159,20 @@ def check(recipe: Recipe, setting: Setting) -> list[Path]:
 
 
 def variants(recipe: Recipe, model: str, task: str) -> dict[str, dict[str, Any]]:
-    """Keys of each variant for one model and one task, with its learning rates."""
+    """Keys of each variant for one model and one task, with its learning rates.
+
+    One that is called like an optimizer has that one unless told otherwise, as in a comparison.
+    """
     found = recipe.table("variants")
     for where in (recipe.table("models")[model], recipe.keys["tasks"].get(task, {})):
         wanted = where.get("only", list(found))
         found = {name: merged(own, where.get("variants", {}).get(name, {})) for name, own in found.items()
                  if name in wanted}  # fmt: skip
-    return {name: {**own, "learning_rates": recipe.rates(own["learning_rates"])} for name, own in found.items()}
+    named = {name: {"optimizer": name} if name in BASELINES else {} for name in found}
+    return {
+        name: {**named[name], **own, "learning_rates": recipe.rates(own["learning_rates"])}
+        for name, own in found.items()
+    }
 
 
 def paper(recipe: Recipe, model: str, variant: str, what: str) -> float | None:

@@ -107,6 +107,8 @@ class TextClassification(_Text):
             found["alike"] = [list(group) for group in doubles]
         if none := labels.unlabelled(self.names):
             found["unlabelled"] = none
+        if comma := labels.commas(self.names):
+            found["comma"] = comma
         return found
 
     def measure(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -210,18 +212,22 @@ class TextRegression(_Text):
         """One output, squared error."""
         if config.label_smoothing:
             raise ValueError("label_smoothing is for classes, and text-regression has none: leave it out")
-        labels.numbers(train, self._label)
+        values = train.rows[self._label]
+        self._comma = columns.decimal_comma(values)
+        self._example = next(filter(columns.has_comma, values), None) if self._comma else None
+        labels.numbers(train, self._label, self._comma)
         options = {"num_labels": 1, "problem_type": "regression"}
         self.model, self.head = models.load_with_head(config, options)
 
     def labels(self, split: Split) -> list[Any]:
         """As numbers."""
-        return list(labels.numbers(split, self._label))
+        return list(labels.numbers(split, self._label, self._comma))
 
     def about_labels(self) -> dict[str, Any]:
         """Where the numbers lie."""
         values = np.asarray(self.train["labels"], dtype=np.float64)
-        return {"numbers": {"least": float(values.min()), "mean": float(values.mean()), "most": float(values.max())}}
+        found = {"numbers": {"least": float(values.min()), "mean": float(values.mean()), "most": float(values.max())}}
+        return found if self._example is None else {**found, "comma": self._example}
 
     def measure(self, prediction: EvalPrediction) -> dict[str, float]:
         """All three; correlation with a constant counts as 0."""
