@@ -1,5 +1,6 @@
 """Every optimizer of the registry trains through `finetune` and `compare`, takes its own options, says its limits."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -19,9 +20,10 @@ import tiny
 from nanoadam import cli
 from nanoadam.baselines import ADAPTERS, BASELINES
 from nanoadam.comparing import compare
-from nanoadam.finetuning import config, optimizers
+from nanoadam.finetuning import config, optimizers, outcome
 from nanoadam.finetuning import run as finetune
 from nanoadam.finetuning.config import Config
+from nanoadam.finetuning.job import prepare
 from nanoadam.text import size
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -107,6 +109,27 @@ def test_the_first_lines_say_what_a_method_takes_in_bfloat16(name: str, job: dic
     own, adamw = (size(sum(expected[who].values())) for who in ("own", "adamw"))
     line = f"Memory: {own} for weights, gradients and state, where AdamW's take {adamw} (by formula, without"
     assert any(text.startswith(line) for text in said), said
+
+
+@pytest.mark.parametrize("name", ["adamw", "nanoadam", "column", "lora", "sgd"])
+def test_on_a_gpu_the_first_lines_say_whether_it_fits(
+    name: str, job: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("nanoadam" if name == "column" else name)
+    own = {"granularity": "column"} if name == "column" else {"optimizer": name}
+    made = prepare(Config(**{**job, **own}).resolved())
+    state = copy.deepcopy(made.task.model.state_dict())
+    assert not any(line.startswith("Peak: ") for line in outcome.beginning(made))
+    said = []
+    for room in (10**12, 10**6):
+        monkeypatch.setattr(outcome, "gpu_bytes", lambda config, room=room: room)
+        said.append([line for line in outcome.beginning(made) if line.startswith(("Peak: ", "Note: that does not"))])
+    assert [len(lines) for lines in said] == [1, 2]
+    assert "rows of" in said[0][0]
+    assert said[0][0].endswith(f"the GPU has {size(10**12)}")
+    assert "--checkpoint-activations" in said[1][1]
+    assert all(torch.equal(value, state[key]) for key, value in made.task.model.state_dict().items())
+    made.task.model(input_ids=torch.ones(2, 4, dtype=torch.int64), labels=torch.zeros(2, dtype=torch.int64))
 
 
 def test_adapters_can_be_trained_by_nanoadam(job: dict[str, object], tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from nanoadam import memory as costs
 from nanoadam import param_groups
 from nanoadam.baselines.adapters import of_adapters, pretrained
 from nanoadam.finetuning import optimizers, processes
-from nanoadam.finetuning.config import ADAPTERS
+from nanoadam.finetuning.config import ADAPTERS, Config
 from nanoadam.finetuning.job import Job
 from nanoadam.finetuning.tasks.base import NONE, SAME
 from nanoadam.reports.verdict import BASELINES, COMMONEST, METRICS, number
@@ -58,6 +60,7 @@ def beginning(job: Job) -> list[str]:
         own, adamw = sum(found["own"].values()), sum(found["adamw"].values())
         than = "" if config.optimizer == "adamw" else f", where AdamW's take {size(adamw)}"
         lines.append(f"Memory: {size(own)} for weights, gradients and state{than} (by formula, without activations)")
+        lines += _fits(job)
     plan, batch = job.plan, config.batch_size * config.accumulate
     lines.append(f"Steps: {plan.total_steps:,} of {batch} rows, {plan.steps_per_epoch:,} an epoch")
     if processes.count() > 1:
@@ -124,9 +127,26 @@ def _optimizer(job: Job) -> str:
 
 def expected(job: Job) -> dict[str, dict[str, int]]:
     """Bytes by kind, by formula, of this optimizer (`own`) and of AdamW on all weights; nothing without a formula."""
-    config, given = job.config, optimizers.options(job.config)
-    model: Any = job.task.model
-    adapted = config.optimizer in ADAPTERS
+    config, model = job.config, job.task.model
+    adapted, (name, own) = config.optimizer in ADAPTERS, _estimated(config)
+    if name not in costs.METHODS:
+        return {}
+    whole: Any = [(key, tuple(w.shape)) for key, w in pretrained(model).items()] if adapted else model
+    try:
+        found = _kinds(costs.estimate(name, model=model, **own))
+        adamw = _kinds(costs.estimate("adamw", model=whole, state_dtype=config.dtype, weight_dtype=config.dtype))
+    except ValueError:  # a model that the formulas do not cover
+        return {}
+    if adapted:
+        found["weights"] += sum(buffer.nbytes for buffer in of_adapters(model))
+        if name == "adamw":  # moments as wide as what they are of: adapters are float32, whatever the head is
+            found["state"] = 2 * found["gradients"]
+    return {"own": found, "adamw": adamw}
+
+
+def _estimated(config: Config) -> tuple[str, dict[str, Any]]:
+    """The method of `memory.estimate` that stands for a run's optimizer, and its arguments; of adapters, who trains."""
+    given, adapted = optimizers.options(config), config.optimizer in ADAPTERS
     own: dict[str, Any] = {}
     if optimizers.by_nanoadam(config):
         own = {"density": max(share for share in config.densities if share is not None),
@@ -138,20 +158,37 @@ def expected(job: Job) -> dict[str, dict[str, int]]:
         own = {"momentum": bool(given["momentum"])}
     elif config.optimizer == "microadam":
         own = {key: given[key] for key in ("density", "window") if key in given}
-    elif config.optimizer not in costs.METHODS:
-        return {}
-    name = config.optimizer if not adapted else "nanoadam" if optimizers.by_nanoadam(config) else "adamw"
-    whole = [(key, tuple(weight.shape)) for key, weight in pretrained(model).items()] if adapted else model
+    return config.optimizer if not adapted else "nanoadam" if optimizers.by_nanoadam(config) else "adamw", own
+
+
+def _fits(job: Job) -> list[str]:
+    """The peak of an iteration on a GPU, and whether it fits; nothing on a CPU or where that cannot be known."""
+    config, about, room = job.config, job.task.description, gpu_bytes(job.config)
+    (name, own), count = _estimated(config), processes.count()
+    if room is None or config.autocast != "no" or config.packing or (config.shard and count > 1):
+        return []
+    rows, tokens = -(-config.batch_size // count), about["tokens"]["most"] if "tokens" in about else 1
     try:
-        found = _kinds(costs.estimate(name, model=model, **own))
-        adamw = _kinds(costs.estimate("adamw", model=whole, state_dtype=config.dtype, weight_dtype=config.dtype))
-    except ValueError:  # a model that the formulas do not cover
-        return {}
-    if adapted:
-        found["weights"] += sum(buffer.nbytes for buffer in of_adapters(model))
-        if name == "adamw":  # moments as wide as what they are of: adapters are float32, whatever the head is
-            found["state"] = 2 * found["gradients"]
-    return {"own": found, "adamw": adamw}
+        peak = costs.estimate(
+            name, model=job.task.model, batch=rows, sequence=tokens, checkpointing=config.checkpoint_activations, **own
+        ).total
+    except ValueError:
+        return []
+    long = f" of {tokens} tokens" if "tokens" in about else ""
+    lines = [f"Peak: {size(peak)} with the activations of {rows} rows{long}; the GPU has {size(room)}"]
+    if peak > room:
+        lines.append(
+            "Note: that does not fit: take fewer rows with --batch-size (and --accumulate), --checkpoint-activations, "
+            "--dtype bfloat16, or a lower --density"
+        )
+    return lines
+
+
+def gpu_bytes(config: Config) -> int | None:
+    """What the GPU of this process has; None on a CPU."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def _kinds(cost: costs.Estimate) -> dict[str, int]:
