@@ -133,6 +133,16 @@ def test_models_of_many_kinds_run(kind):
     assert total("lora", rank=1) < adamw
 
 
+def test_a_sequence_is_what_the_model_takes():
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                                     vocab_size=64, max_position_embeddings=24)  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    every = [Handling("dense")] * len(list(model.parameters()))
+    assert activations.peak(model, every, 256, None) == activations.peak(model, every, 256, 24)
+    with pytest.raises(ValueError, match="it takes 24 tokens, and sequence is 25"):
+        activations.peak(model, every, 2, 25)
+
+
 def test_a_model_that_needs_data_is_refused_in_a_sentence(llama):
     llama.model.forward = lambda **_: torch.empty((), device="meta").item()
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be run without data"):

@@ -51,7 +51,7 @@ def peak(
     model: nn.Module,
     handling: Sequence[Handling],
     batch: int,
-    sequence: int,
+    sequence: int | None,
     *,
     checkpointing: bool = False,
     dtype: torch.dtype | None = None,
@@ -61,13 +61,18 @@ def peak(
     Args:
         model: of transformers, on any device; nothing of it is changed.
         handling: of each of `model.parameters()`, in their order.
-        batch, sequence: rows of a batch, and tokens of a row (images have the size of the model's config).
+        batch: rows of a batch.
+        sequence: tokens of a row, None for 512 or what the model takes; images have the size of the model's config.
         checkpointing: recompute activations in backward.
         dtype: of the weights, if it is not the model's.
 
     Raises:
         ValueError: if the model cannot be run with what its config tells of its inputs.
     """
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None) or 2**30
+    sequence = min(512, positions) if sequence is None else sequence
     try:
         ghost: Any = _ghost(model)
         if checkpointing:
@@ -81,6 +86,8 @@ def peak(
             _backward(_loss(ghost.forward(**inputs)))
     except Exception as error:  # somebody's model: it fails in as many ways as there are
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if sequence > positions:
+            reason = f"it takes {positions} tokens, and sequence is {sequence}"
         raise ValueError(
             f"{type(model).__name__} cannot be run without data to estimate activations: {reason}"
         ) from error

@@ -215,7 +215,7 @@ def estimate(
     carried: bool = False,
     granularity: str = "weight",
     batch: int | None = None,
-    sequence: int = 512,
+    sequence: int | None = None,
     checkpointing: bool = False,
 ) -> Estimate:
     """The memory that one method needs to finetune a model, in bytes.
@@ -236,7 +236,8 @@ def estimate(
         carried: NanoAdam with `moments="carry"`, its default; without, the paper's formula, as with "reset".
         granularity: of NanoAdam's selection: "weight", or "column" for whole input columns of linear layers.
         batch: rows of a batch. With it what forward and backward take is found, for a model of transformers.
-        sequence: tokens of a row; images have the size that the model's config says.
+        sequence: tokens of a row; by default 512, or what the model takes if that is less. Images have the size that
+            the model's config says.
         checkpointing: whether activations are recomputed in backward.
 
     Raises:

@@ -7,8 +7,9 @@ weight decay) is decided in docs/design.md.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from nanoadam.schedules import Intervals, Schedule
 from nanoadam.shards import like, local
 from nanoadam.slot_optimizer import SlotOptimizer
 from nanoadam.slots import by_device, density_at, empty, layout_of
+
+Found: TypeAlias = tuple[list[Slot], list[Tensor]]
+"""Slots whose parameters have a gradient, and the gradients."""
 
 
 class NanoAdam(SlotOptimizer):
@@ -149,27 +153,38 @@ class NanoAdam(SlotOptimizer):
                 loss = closure()
         self._follow()
         self._release.flush()
-        self._check_gradients()
+        found = self._gradients()
+        self._check_gradients(found)
         # GradScaler sets these two. Reading the first waits for the device, as GradScaler itself does.
         infinite, grad_scale = getattr(self, "found_inf", 0.0), getattr(self, "grad_scale", None)
         if bool(infinite):
             return loss
         inverse = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float()
-        self._select_missing()
+        if self._select_missing():
+            found = self._gradients()  # those that are kept over a refresh are new objects
         for device in {s.weight.device for s in self._slots.values() if s.part is not None and s.weight.is_cuda}:
             self._streams[device] = torch.cuda.current_stream(device)
         for i, group in enumerate(self.param_groups):
-            self._update(i, inverse)
-            compiled = [s for s in self._members[i][0] if _is_compiled(s)]
+            self._update(i, *found[i], inverse)
+            served = [s for s in self._members[i][0] if s.served is not None]
             group["steps"] += 1
+            compiled = [s for s in served if _is_compiled(s)]
             if compiled:  # their layers ask nobody before they compute: the coming step's selection is made now
                 self._refresh(i, compiled, overdue=any(slot.overdue for slot in compiled))
         return loss
 
-    def _select_missing(self) -> None:
-        """Select for the present step, where that is due and was not done."""
+    def _select_missing(self) -> bool:
+        """Select for the present step, where that is due and was not done; whether it was missing anywhere."""
+        found = False
         for i, group in enumerate(self.param_groups):
-            self._refresh(i, [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]])
+            missing = [slot for slot in self._members[i][0] if slot.selected_for != group["steps"]]
+            found = found or bool(missing)
+            self._refresh(i, missing)
+        return found
+
+    def _gradients(self) -> list[tuple[Found, Found]]:
+        """For each group: who has a gradient, of those that are selected from and of the dense ones."""
+        return [(_with_gradients(selected), _with_gradients(dense)) for selected, dense in self._members]
 
     def _open(self, slot: Slot, slots: Sequence[Slot]) -> None:
         """Select for the present step if that is due: for these slots of a group, which wait for it together.
@@ -251,15 +266,14 @@ class NanoAdam(SlotOptimizer):
             if box is not None:
                 keep(slot, *box, self._release)
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self, found: Sequence[tuple[Found, Found]]) -> None:
         """Refuse what cannot be used before anything of the step is done."""
         seen = False
-        for slot in self._slots.values():
-            gradient = slot.gradient
-            if gradient is not None:
-                seen = True
+        for slots, gradients in itertools.chain.from_iterable(found):
+            seen = seen or bool(slots)
+            for i, gradient in enumerate(gradients):
                 if type(gradient) is not SelectedGradient and gradient.layout != torch.strided:
-                    checks.check_gradient(slot.name, gradient)
+                    checks.check_gradient(slots[i].name, gradient)
         if self._looked:
             return
         checks.check_trained([slot.parameter for slot in self._slots.values()] or self._frozen)
@@ -268,10 +282,10 @@ class NanoAdam(SlotOptimizer):
             checks.check_exchange([s.gradient for s in self._slots.values() if s.selection is not None])
         self._looked = seen
 
-    def _update(self, i: int, grad_scale: float | Tensor) -> None:
+    def _update(self, i: int, of_selected: Found, of_dense: Found, grad_scale: float | Tensor) -> None:
         """Lines 3 and 4 of Algorithm 1."""
         group = self.param_groups[i]
-        (selected, sparse), (dense, gradients) = map(_with_gradients, self._members[i])
+        (selected, sparse), (dense, gradients) = of_selected, of_dense
         for slot, gradient in zip(selected, sparse, strict=True):
             if type(gradient) is not SelectedGradient:
                 self._release.hold(slot.parameter)  # if swap_tensors has taken the hook away
@@ -440,7 +454,7 @@ class NanoAdam(SlotOptimizer):
         return {**super().__getstate__(), **options}
 
 
-def _with_gradients(slots: Sequence[Slot]) -> tuple[list[Slot], list[Tensor]]:
+def _with_gradients(slots: Sequence[Slot]) -> Found:
     """Those whose parameters have a gradient, and the gradients."""
     found = [(slot, gradient) for slot in slots if (gradient := slot.gradient) is not None]
     return [slot for slot, _ in found], [gradient for _, gradient in found]

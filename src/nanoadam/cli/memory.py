@@ -42,7 +42,9 @@ def memory(
         int | None,
         typer.Option(help="Rows of a batch: activations are counted too (with --model).", show_default=False),
     ] = None,
-    sequence: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    sequence: Annotated[
+        int | None, typer.Option(help="Tokens of a row.", show_default="512, or what the model takes if that is less")
+    ] = None,
     checkpoint_activations: Annotated[bool, typer.Option(help="They are recomputed in backward.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -30,7 +30,7 @@ ROW_BLOCK, TOKENS = 128, 16
 
 def _by_granularity(slots: Sequence[Any], layouts: Sequence[AnyLayout]) -> tuple[list[int], list[int]]:
     """Places of those that are selected from by weight, and by column."""
-    columns = [i for i, layout in enumerate(layouts) if isinstance(layout, ColumnLayout)]
+    columns = [i for i, layout in enumerate(layouts) if type(layout) is ColumnLayout]
     chosen = set(columns)
     return [i for i in range(len(slots)) if i not in chosen] if columns else list(range(len(slots))), columns
 
