@@ -306,7 +306,8 @@ def find(task: Task, run: Run, steps: int, deadline: float) -> dict[str, Any] | 
     from nanoadam.finetuning import optimizers, search
     from nanoadam.finetuning.config import Config
 
-    config = Config(model="-", train="-", optimizer=run.optimizer)
+    images = "image-classification" if task.kind == "mobilenet" else None
+    config = Config(model="-", train="-", optimizer=run.optimizer, task=images)
     short = search.trial_steps(steps)
     if not short:
         return {"rate": optimizers.typical(config, steps), "trials": []}

@@ -12,6 +12,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 import tiny
+from nanoadam.comparing import compare
 from nanoadam.finetuning import config as configs
 from nanoadam.finetuning import optimizers, rates, search
 from nanoadam.finetuning import run as finetune
@@ -85,6 +86,14 @@ def test_fewer_weights_take_larger_steps(density: float, more: float) -> None:
     config = Config(model="-", train="-", density=density)
     assert optimizers.typical(config) == pytest.approx(5e-4 * more, rel=0.02)
     assert optimizers.typical(config, 1500 // 8) == pytest.approx(10e-4 * more, rel=0.02)
+
+
+def test_images_take_larger_steps_in_runs_of_any_length() -> None:
+    config = Config(model="-", train="-", task="image-classification")
+    assert [optimizers.typical(config, steps) for steps in (100, 1500)] == pytest.approx([4.5e-3] * 2)
+    grids = [compare.made({"model": "-", "train": "-", **keys}).variants for keys in ({}, {"task": config.task})]
+    for texts, images in zip(*grids, strict=True):
+        assert images.learning_rates == pytest.approx([9 * rate for rate in texts.learning_rates], rel=0.05)
 
 
 def test_every_optimizer_has_a_rate_to_begin_at() -> None:

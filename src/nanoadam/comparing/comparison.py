@@ -177,6 +177,7 @@ def variants(
     names: Sequence[str] | None = None,
     learning_rates: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     sections: Any = None,
+    task: str | None = None,
 ) -> tuple[Variant, ...]:
     """Variants from what may stand in [compare].
 
@@ -185,6 +186,7 @@ def variants(
         learning_rates: for variants without a grid of their own; or grids by name, with that of all others under
             "", which win over the variants' own.
         sections: overrides by name, with a grid under `learning_rates` where it has one.
+        task: what is learned, if that is known: images take larger steps.
 
     Raises:
         ValueError: for both forms at once, or a grid for a name that there is none of.
@@ -211,16 +213,16 @@ def variants(
         overrides = {key: value for key, value in own.items() if key != "learning_rates"}
         grid = grids.get(name, grids.get("", own.get("learning_rates", rest)))
         if grid is None:
-            grid = _around(own.get("optimizer", name), own.get("density"))
+            grid = _around(own.get("optimizer", name), own.get("density"), task)
         made.append(Variant(name, grid, overrides))
     return tuple(made)
 
 
-def _around(optimizer: str, density: Any) -> tuple[float, ...]:
+def _around(optimizer: str, density: Any, task: str | None) -> tuple[float, ...]:
     """A grid about what is typical of an optimizer, at a density where it has one."""
     known = optimizer if optimizer in BASELINES else OPTIMIZERS[0]
     share = density if isinstance(density, float) and 0 < density <= 1 else None
-    middle = optimizers.typical(Config(model="-", train="-", optimizer=known, density=share))
+    middle = optimizers.typical(Config(model="-", train="-", optimizer=known, density=share, task=task))
     return tuple(float(f"{middle * factor:.2g}") for factor in AROUND)
 
 
@@ -238,6 +240,8 @@ def _rates(name: str, values: Any) -> tuple[float, ...]:
 def made(keys: dict[str, Any]) -> Comparison:
     """A comparison from the keys of a TOML file: those of a config and those of [compare]."""
     own = {key: keys[key] for key in KEYS if key in keys}
-    chosen = variants(*(own.pop(key, None) for key in ("optimizers", "learning_rates", "variants")))
+    task = keys.get("task")
+    names, grids, sections = (own.pop(key, None) for key in ("optimizers", "learning_rates", "variants"))
+    chosen = variants(names, grids, sections, task if isinstance(task, str) else None)
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
     return Comparison(Config(**{key: value for key, value in keys.items() if key not in KEYS}), chosen, **own)
