@@ -166,9 +166,8 @@ class NanoAdam(SlotOptimizer):
             self._streams[device] = torch.cuda.current_stream(device)
         for i, group in enumerate(self.param_groups):
             self._update(i, *found[i], inverse)
-            served = [s for s in self._members[i][0] if s.served is not None]
+            compiled = [s for s in self._members[i][0] if _is_compiled(s)]
             group["steps"] += 1
-            compiled = [s for s in served if _is_compiled(s)]
             if compiled:  # their layers ask nobody before they compute: the coming step's selection is made now
                 self._refresh(i, compiled, overdue=any(slot.overdue for slot in compiled))
         return loss

@@ -177,9 +177,10 @@ def _fits(job: Job) -> list[str]:
     long = f" of {tokens} tokens" if "tokens" in about else ""
     lines = [f"Peak: {size(peak)} with the activations of {rows} rows{long}; the GPU has {size(room)}"]
     if peak > room:
+        less = "a lower --density" if optimizers.by_nanoadam(config) else "--optimizer nanoadam"
         lines.append(
             "Note: that does not fit: take fewer rows with --batch-size (and --accumulate), --checkpoint-activations, "
-            "--dtype bfloat16, or a lower --density"
+            f"--dtype bfloat16, or {less}"
         )
     return lines
 

@@ -36,9 +36,7 @@ def entries(slots: Sequence[Slot], gradients: Sequence[Tensor], dtype: torch.dty
     for i, (slot, gradient) in enumerate(zip(slots, gradients, strict=True)):
         if type(gradient) is SelectedGradient:
             assert slot.selection is not None
-            box = gradient._box
-            as_it_is = box.selection is slot.selection and box.pending is None and not box.selection.stale
-            found[i] = box.stored if as_it_is and box.stored is not None else box.moved_to(slot.selection)
+            found[i] = gradient._box.moved_to(slot.selection)
         else:
             dense.append(i)
     for device, members, places in by_device([slots[i] for i in dense], dense):
